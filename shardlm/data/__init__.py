@@ -1,0 +1,16 @@
+"""Text to batches: documents, tokenizers, packing, and deterministic random access."""
+
+from shardlm.data.loader import Batch as Batch
+from shardlm.data.loader import Batches as Batches
+from shardlm.data.loader import Epoch as Epoch
+from shardlm.data.loader import TextData as TextData
+from shardlm.data.loader import load as load
+from shardlm.data.packing import Packed as Packed
+from shardlm.data.text import Document as Document
+from shardlm.data.text import read_documents as read_documents
+from shardlm.data.text import split_documents as split_documents
+from shardlm.data.text import standard_library as standard_library
+from shardlm.data.tokens import BPETokenizer as BPETokenizer
+from shardlm.data.tokens import ByteTokenizer as ByteTokenizer
+from shardlm.data.tokens import Tokenizer as Tokenizer
+from shardlm.data.tokens import make_tokenizer as make_tokenizer

@@ -1,0 +1,140 @@
+"""Causal self-attention with grouped key/value heads. Shape letters: Batch, Query heads, Kv heads, Group, Sequence, head Dim."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from shardlm.models.config import Norm, TransformerConfig
+from shardlm.models.mlp import Kernel
+from shardlm.models.norm import Normalize
+from shardlm.models.rope import rotate
+from shardlm.parallel import tensor
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys a query sees: those before it, in its segment, in its window.
+
+    Attributes:
+        index: int32[sequence], the place of each token in its row.
+        segments: int32[batch, sequence], or None where a row is one segment.
+        window: the layer's sliding window in tokens: a Python int or an int32 scalar, None where no layer has one.
+    """
+
+    index: Array
+    segments: Array | None
+    window: Array | int | None
+
+    def mask(self) -> Array:
+        """Boolean [batch or 1, 1, sequence, sequence]: query on the third dim, key on the last."""
+        query, key = self.index[:, None], self.index[None, :]
+        visible = key <= query
+        if self.window is not None:
+            visible = visible & (query - key < self.window)
+        visible = visible[None, None]
+        if self.segments is not None:
+            visible = visible & (self.segments[:, None, :, None] == self.segments[:, None, None, :])
+        return visible
+
+
+def attend(q_BQSD: Array, k_BKSD: Array, v_BKSD: Array, visibility: Visibility, scale: float, soft_cap: float | None) -> Array:
+    """softmax(scale q k^T, masked) v in plain XLA, heads ahead of the sequence; scores and softmax in at least float32.
+
+    Returns:
+        [batch, query heads, sequence, head dim] in q's dtype.
+    """
+    b, heads, s, d = q_BQSD.shape
+    groups = heads // k_BKSD.shape[1]
+    q_BKGSD = q_BQSD.reshape(b, -1, groups, s, d)
+    scores = jnp.einsum("bkgqd,bksd->bkgqs", q_BKGSD, k_BKSD, preferred_element_type=jnp.promote_types(q_BQSD.dtype, jnp.float32))
+    scores = scores * scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    # A finite floor: with minus infinity a row that sees nothing would be NaN. Causality shows every query itself.
+    scores = jnp.where(visibility.mask()[:, :, None], scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSD.dtype)
+    return jnp.einsum("bkgqs,bksd->bkgqd", weights, v_BKSD).reshape(b, heads, s, d)
+
+
+def attend_cudnn(q_BQSD: Array, k_BKSD: Array, v_BKSD: Array, visibility: Visibility, scale: float) -> Array:
+    """The same by the fused cuDNN kernel: NVIDIA GPUs, bfloat16 or float16."""
+    # The kernel knows causality and a fixed window; what else is hidden must come as a mask in memory.
+    fixed = visibility.segments is None and (visibility.window is None or isinstance(visibility.window, int))
+    window = (visibility.window - 1, 0) if fixed and isinstance(visibility.window, int) else None
+    swap = lambda x: x.swapaxes(1, 2)  # noqa: E731
+    out = jax.nn.dot_product_attention(
+        swap(q_BQSD),
+        swap(k_BKSD),
+        swap(v_BKSD),
+        mask=None if fixed else visibility.mask(),
+        scale=scale,
+        is_causal=fixed,
+        local_window_size=window,
+        implementation="cudnn",
+    )
+    return swap(out)
+
+
+class SelfAttention(nnx.Module):
+    """y = concat_h(attend(q_h, k_h, v_h)) W_o, with rotary positions, biases, q/k norms and windows where configured."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        c, self.config = config, config
+        bias = 2 * int(c.attention.bias)
+
+        def inward(dim: str, heads: int) -> Kernel:
+            shape = (c.d_model, heads, c.head_dim)
+            return Kernel(rngs, ("embed", dim, "head_dim"), shape, c.init_std, c.param_dtype, bias)
+
+        self.query = inward("head", c.num_heads)
+        self.key = inward("kv_head", c.num_kv_heads)
+        self.value = inward("kv_head", c.num_kv_heads)
+        outward_std = c.init_std * (2 * c.num_layers) ** -0.5
+        shape = (c.num_heads, c.head_dim, c.d_model)
+        self.output = Kernel(
+            rngs, ("head", "head_dim", "embed"), shape, outward_std, c.param_dtype, int(c.attention.output_bias)
+        )
+        per_head = Norm(kind="rms", epsilon=c.norm.epsilon, one_plus_scale=c.norm.one_plus_scale)
+        normed = c.attention.qk_norm
+        self.query_norm = Normalize(per_head, "head_dim", c.head_dim, c.param_dtype) if normed else None
+        self.key_norm = Normalize(per_head, "head_dim", c.head_dim, c.param_dtype) if normed else None
+
+    def __call__(self, x: Array, visibility: Visibility, rotation: tuple[Array, Array] | None) -> Array:
+        """Attend within each row of x[batch, sequence, embed].
+
+        Args:
+            x: the normalised residual stream.
+            visibility: which keys each query sees.
+            rotation: cosines and sines of `rope.rotations`; None without rotary positions.
+        """
+        c = self.config
+        h = tensor.enter(x)
+        q = _heads(self.query.kernel[...], self.query.bias, h)
+        held = q.shape[1]
+        k = self._kv_heads(self.key, h, held)
+        v = self._kv_heads(self.value, h, held)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        scale = c.head_dim**-0.5 if c.attention.scale is None else c.attention.scale
+        if c.attention.implementation == "cudnn":
+            o = attend_cudnn(q, k, v, visibility, scale)
+        else:
+            o = attend(q, k, v, visibility, scale, c.attention.soft_cap)
+        y = tensor.leave(self.output.product("bhsd,hde->bse", o), like=x)
+        return y if self.output.bias is None else y + self.output.bias[...].astype(y.dtype)
+
+    def _kv_heads(self, projection: Kernel, h: Array, query_heads: int) -> Array:
+        group = self.config.num_heads // self.config.num_kv_heads
+        kernel = tensor.own_kv_heads(projection.kernel[...], 1, query_heads, group)
+        bias = projection.bias
+        return _heads(kernel, None if bias is None else tensor.own_kv_heads(bias[...], 0, query_heads, group), h)
+
+
+def _heads(kernel: Array, bias: nnx.Param | Array | None, h: Array) -> Array:
+    y = jnp.einsum("bse,ehd->bhsd", h, kernel.astype(h.dtype))
+    return y if bias is None else y + bias[...][:, None, :].astype(y.dtype)

@@ -1,0 +1,259 @@
+"""What a decoder-only Transformer is: one frozen configuration, its parts grouped by what they belong to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """Normalisation of the residual stream.
+
+    Attributes:
+        kind: `"rms"` (arXiv:1910.07467) or `"layer"` (arXiv:1607.06450; with a bias).
+        epsilon: added to the variance, or to the mean square.
+        one_plus_scale: multiply by (1 + w) with w starting at zero, as Gemma does, and not by w starting at one.
+        after: normalise each branch's output as well as its input (Gemma 2 and 3), and not its input alone.
+    """
+
+    kind: str = "rms"
+    epsilon: float = 1e-6
+    one_plus_scale: bool = False
+    after: bool = False
+
+    def __post_init__(self):
+        if self.kind not in ("rms", "layer"):
+            raise ValueError(f"Norm: kind={self.kind!r}; it is one of 'rms', 'layer'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """RoPE position interpolation: every frequency divided by `factor` (arXiv:2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """RoPE scaling of Llama 3.1 and later: long wavelengths divided by `factor`, short ones kept, a ramp between.
+
+    Attributes:
+        factor: divisor of the lowest frequencies.
+        low_frequency_factor: wavelengths above `original_length / low_frequency_factor` are scaled in full.
+        high_frequency_factor: wavelengths below `original_length / high_frequency_factor` are kept.
+        original_length: context length, in tokens, that the model was first trained with.
+    """
+
+    factor: float = 8.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_length: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding, half-split (arXiv:2104.09864): base `theta`, and how frequencies are scaled."""
+
+    theta: float = 10_000.0
+    scaling: LinearScaling | Llama3Scaling | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedPositions:
+    """A table of `length` learned position vectors added to the embeddings (GPT-2)."""
+
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Self-attention beyond its sizes.
+
+    Attributes:
+        bias: biases on the query, key and value projections (Qwen 2, GPT-2).
+        output_bias: bias on the output projection (GPT-2).
+        qk_norm: RMSNorm over `head_dim` on queries and keys before RoPE (Qwen 3, Gemma 3).
+        scale: multiplies the scores; None is `head_dim ** -0.5`.
+        soft_cap: scores become `soft_cap * tanh(scores / soft_cap)` (Gemma 2).
+        windows: a pattern of sliding windows in tokens, repeated over the layers; None in it attends to everything
+            before. `(4096,)` is Mistral, `(4096, None)` Gemma 2, `(512,) * 5 + (None,)` the small Gemma 3. A query at
+            i sees keys j with i - j < window.
+        implementation: `"xla"`, or `"cudnn"` for the fused kernel of NVIDIA GPUs (bfloat16 or float16, no soft cap).
+    """
+
+    bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    scale: float | None = None
+    soft_cap: float | None = None
+    windows: tuple[int | None, ...] = (None,)
+    implementation: str = "xla"
+
+    def __post_init__(self):
+        problems = []
+        if self.implementation not in ("xla", "cudnn"):
+            problems.append(f"implementation={self.implementation!r}; it is one of 'xla', 'cudnn'")
+        if self.implementation == "cudnn" and self.soft_cap is not None:
+            problems.append("the cudnn kernel has no soft cap: use implementation='xla', or soft_cap=None")
+        if not self.windows or any(w is not None and w < 1 for w in self.windows):
+            problems.append(f"windows={self.windows}; it is a non-empty tuple of positive token counts or None")
+        if self.soft_cap is not None and self.soft_cap <= 0:
+            problems.append(f"soft_cap={self.soft_cap}; it is positive, or None")
+        _raise("Attention", problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLP:
+    """The feed-forward branch: gated (SwiGLU and kin, arXiv:2002.05202) or plain, its activation and biases."""
+
+    gated: bool = True
+    activation: str = "silu"
+    bias: bool = False
+
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"MLP: activation={self.activation!r}; it is one of {', '.join(ACTIVATIONS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """A decoder-only Transformer; the defaults are those of Llama.
+
+    Attributes:
+        vocab_size: number of token ids. The table is padded to a multiple of `vocab_multiple` rows
+            (`padded_vocab_size`), which receive neither probability nor gradient, so that it splits over devices and has
+            the same shape on every layout that divides it.
+        num_layers, d_model, num_heads: as usual.
+        num_kv_heads: key/value heads, a divisor of `num_heads`; None is `num_heads` (multi-head attention).
+        head_dim: None is `d_model // num_heads`; free otherwise.
+        d_ff: width of the feed-forward branch; None is `4 * d_model`.
+        attention, mlp, norm, positions: see their types.
+        local_positions: RoPE of the layers that have a sliding window, where it differs (Gemma 3).
+        embedding_scale: multiplies the token embeddings (Gemma: `sqrt(d_model)`, rounded to `dtype`).
+        tied: the head is the embedding table.
+        logit_soft_cap: logits become `cap * tanh(logits / cap)` (Gemma 2).
+        dropout: rate on embeddings and on each branch's output, in training only.
+        init_std: standard deviation of initial weights; output projections get `init_std / sqrt(2 num_layers)`.
+        dtype: computation; norms, softmax, loss and sums over devices stay in at least float32.
+        param_dtype: storage.
+    """
+
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int = None  # pyright: ignore[reportAssignmentType]  filled in __post_init__
+    head_dim: int = None  # pyright: ignore[reportAssignmentType]
+    d_ff: int = None  # pyright: ignore[reportAssignmentType]
+    attention: Attention = field(default_factory=Attention)
+    mlp: MLP = field(default_factory=MLP)
+    norm: Norm = field(default_factory=Norm)
+    positions: Rope | LearnedPositions = field(default_factory=Rope)
+    local_positions: Rope | None = None
+    embedding_scale: float | None = None
+    tied: bool = False
+    logit_soft_cap: float | None = None
+    dropout: float = 0.0
+    init_std: float = 0.02
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    vocab_multiple: int = 128
+
+    def __post_init__(self):
+        problems = [
+            f"{name}={value!r}; it is a positive integer"
+            for name in ("vocab_size", "num_layers", "d_model", "num_heads", "vocab_multiple")
+            if not _positive(value := getattr(self, name))
+        ]
+        _raise("TransformerConfig", problems)
+        if self.head_dim is None and self.d_model % self.num_heads:
+            problems.append(
+                f"head_dim is not given and d_model={self.d_model} does not divide by num_heads={self.num_heads}: "
+                "give head_dim, or change one of them"
+            )
+        defaults = {"num_kv_heads": self.num_heads, "head_dim": self.d_model // self.num_heads, "d_ff": 4 * self.d_model}
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+            elif not _positive(getattr(self, name)):
+                problems.append(f"{name}={getattr(self, name)!r}; it is a positive integer, or None for {default}")
+        if _positive(self.num_kv_heads) and self.num_heads % self.num_kv_heads:
+            legal = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            problems.append(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: use {legal}")
+        if isinstance(self.positions, Rope) and _positive(self.head_dim) and self.head_dim % 2:
+            problems.append(f"head_dim={self.head_dim} is odd, and RoPE rotates pairs: make it even")
+        if self.local_positions is not None and not isinstance(self.positions, Rope):
+            problems.append("local_positions needs RoPE in positions too")
+        if self.local_positions is not None and set(self.attention.windows) == {None}:
+            problems.append("local_positions is for layers with a sliding window, and attention.windows has none")
+        if not 0.0 <= self.dropout < 1.0:
+            problems.append(f"dropout={self.dropout}; it is at least 0 and below 1")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16", "float64", "float16"):
+                problems.append(f"{name}={getattr(self, name)!r}; it is one of float32, bfloat16, float16, float64")
+        _raise("TransformerConfig", problems)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table: `vocab_size` rounded up to a multiple of `vocab_multiple`."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer, in tokens; None attends to everything before."""
+        pattern = self.attention.windows
+        return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
+
+    @property
+    def max_sequence(self) -> int | None:
+        """The longest sequence the model can take; None where its positions set no limit."""
+        return self.positions.length if isinstance(self.positions, LearnedPositions) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON types, its parts tagged with their type's name."""
+        return _to_dict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TransformerConfig":
+        """The configuration that `to_dict` wrote.
+
+        Raises:
+            ValueError: a name that is no field, or no part's type.
+        """
+        config = _from_dict(values)
+        if not isinstance(config, cls):
+            raise ValueError(f"these values describe a {type(config).__name__}, not a TransformerConfig")
+        return config
+
+
+_PARTS = {t.__name__: t for t in (TransformerConfig, Norm, Rope, LinearScaling, Llama3Scaling, LearnedPositions, Attention, MLP)}
+
+
+def _to_dict(part: Any) -> Any:
+    if type(part).__name__ not in _PARTS:
+        return list(part) if isinstance(part, tuple) else part
+    return {"type": type(part).__name__} | {f.name: _to_dict(getattr(part, f.name)) for f in fields(part)}
+
+
+def _from_dict(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    if not isinstance(value, Mapping):
+        return value
+    values = dict(value)
+    part = _PARTS.get(values.pop("type", None))
+    unknown = set(values) - {f.name for f in fields(part)} if part else {value.get("type")}
+    if unknown or part is None:
+        raise ValueError(f"a configuration written by another version: unknown {sorted(map(str, unknown))}")
+    return part(**{name: _from_dict(inner) for name, inner in values.items()})
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _raise(what: str, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"{what}: " + "; ".join(problems))

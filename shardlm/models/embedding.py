@@ -1,0 +1,48 @@
+"""Token embedding, learned positions, and the head: tables whose rows are the vocabulary."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from shardlm.models import parameter
+from shardlm.models.config import LearnedPositions, TransformerConfig
+from shardlm.parallel import tensor
+
+
+class Table(nnx.Module):
+    """A vector per token id: table[padded vocabulary, embed]; rows of padding are zero and stay zero."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        shape = (config.padded_vocab_size, config.d_model)
+        self.table = parameter.normal(rngs, ("vocab", "embed"), shape, config.init_std, config.param_dtype)
+        if config.padded_vocab_size != config.vocab_size:
+            real = jnp.arange(config.padded_vocab_size)[:, None] < config.vocab_size
+            self.table[...] = jnp.where(real, self.table[...], 0)
+
+
+class PositionTable(nnx.Module):
+    """A learned vector per position: table[length, embed]."""
+
+    def __init__(self, positions: LearnedPositions, config: TransformerConfig, *, rngs: nnx.Rngs):
+        shape = (positions.length, config.d_model)
+        self.table = parameter.normal(rngs, (None, "embed"), shape, config.init_std, config.param_dtype)
+
+
+def look_up(table: Array, ids: Array, vocab_size: int) -> Array:
+    """Partial embeddings of `ids` (see `tensor.embed`); an id outside the vocabulary gives NaN, never a wrong vector."""
+    rows = tensor.embed(table, ids)
+    return jnp.where(((ids >= 0) & (ids < vocab_size))[..., None], rows, jnp.nan)
+
+
+def logits(table: Array, x: Array, config: TransformerConfig) -> Array:
+    """x[batch, sequence, embed] -> logits[batch, sequence, the vocabulary held here], padding at minus infinity.
+
+    At least float32, soft-capped where configured.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    z = jnp.einsum("bse,ve->bsv", x, table.astype(x.dtype), preferred_element_type=wide)
+    if config.logit_soft_cap is not None:
+        z = config.logit_soft_cap * jnp.tanh(z / config.logit_soft_cap)
+    if config.padded_vocab_size != config.vocab_size:
+        z = jnp.where(tensor.vocabulary_ids(z.shape[-1]) < config.vocab_size, z, -jnp.inf)
+    return z

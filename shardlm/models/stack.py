@@ -1,0 +1,83 @@
+"""Running a stack of equal layers: one scan over their stacked parameters, and what the caller may change about it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+
+REMAT = ("none", "dots", "full")
+# What brings a layer's weights to a device, and what marks them. Such values are cheap to make again and large to keep, so
+# backward always makes them again: with ZeRO-3 it gathers a second time, as arXiv:1910.02054 section 7.2.2 counts.
+_WEIGHTS = frozenset({"all_gather", "all_gather_invariant", "pvary", "pcast", "name"})
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a call of the model is executed; it changes nothing in what is computed.
+
+    Attributes:
+        remat: what a layer keeps for its backward: `"none"` everything, `"dots"` the results of its matrix products
+            (not of attention's batched ones), `"full"` its input alone.
+        sequence_parallel: split the residual stream along its sequence over the tensor axis.
+        prepare: makes one layer's parameters ready for use from (its parameters as the module holds them, its slice of
+            `beside`). ZeRO gathers here.
+        beside: a tree of arrays with a leading layer dim, scanned beside the parameters.
+    """
+
+    remat: str = "none"
+    sequence_parallel: bool = False
+    prepare: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None
+    beside: Any = None
+
+
+PLAIN = Execution()
+
+
+def scan_layers(
+    layers: nnx.Module,
+    x: Array,
+    apply: Callable[[Any, Array, Any], Array],
+    per_layer: Any,
+    execution: Execution,
+) -> Array:
+    """Run stacked layers one after another.
+
+    Args:
+        layers: a module whose parameters have a leading layer dim.
+        x: what the first layer receives.
+        apply: (one layer as a module, x, its slice of `per_layer`) -> x of the same shape.
+        per_layer: a tree of arrays with a leading layer dim, such as window sizes.
+        execution: see there.
+
+    Returns:
+        What the last layer returned.
+    """
+    graph, state = nnx.split(layers)
+    parameters = nnx.to_pure_dict(state)
+
+    def layer(x: Array, parameters: Any, beside: Any, inputs: Any) -> Array:
+        if execution.prepare is not None:
+            parameters = execution.prepare(parameters, beside)
+        return apply(nnx.merge(graph, nnx.State(parameters)), x, inputs)
+
+    # The loop itself keeps the compiler from merging forward and recomputed work, so no barrier is needed against it.
+    if execution.remat != "none" or execution.prepare is not None:
+        layer = jax.checkpoint(layer, policy=_policy(execution.remat), prevent_cse=False)
+
+    def body(x: Array, inputs: Any) -> tuple[Array, None]:
+        return layer(x, *inputs), None
+
+    return jax.lax.scan(body, x, (parameters, execution.beside, per_layer))[0]
+
+
+def _policy(remat: str) -> Callable[..., bool]:
+    if remat == "none":
+        return lambda primitive, *_, **__: primitive.name not in _WEIGHTS
+    if remat == "dots":
+        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if remat == "full":
+        return jax.checkpoint_policies.nothing_saveable
+    raise ValueError(f"remat={remat!r}; it is one of {', '.join(REMAT)}")

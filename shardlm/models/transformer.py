@@ -1,0 +1,202 @@
+"""The decoder-only Transformer, written once as single-device code."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from shardlm.models import embedding
+from shardlm.models.attention import SelfAttention, Visibility
+from shardlm.models.config import LearnedPositions, Rope, TransformerConfig
+from shardlm.models.dropout import Dropout
+from shardlm.models.mlp import FeedForward
+from shardlm.models.norm import Normalize
+from shardlm.models.rope import rotations
+from shardlm.models.stack import PLAIN, Execution, scan_layers
+from shardlm.parallel import tensor
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the branches' outputs normalised too where configured."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        def norm(wanted: bool = True) -> Normalize | None:
+            return Normalize(config.norm, "embed", config.d_model, config.param_dtype) if wanted else None
+
+        self.attention_norm = norm()
+        self.attention = SelfAttention(config, rngs=rngs)
+        self.attention_after_norm = norm(config.norm.after)
+        self.mlp_norm = norm()
+        self.mlp = FeedForward(config, rngs=rngs)
+        self.mlp_after_norm = norm(config.norm.after)
+
+    def __call__(
+        self,
+        x: Array,
+        visibility: Visibility,
+        rotation: tuple[Array, Array] | None,
+        dropout: Dropout | None,
+        layer: Array | int,
+    ) -> Array:
+        """x[batch, sequence, embed] -> the same shape."""
+        y = self.attention(self.attention_norm(x), visibility, rotation)
+        x = x + self._branch(y, self.attention_after_norm, dropout, layer, site=0)
+        y = self.mlp(self.mlp_norm(x))
+        return x + self._branch(y, self.mlp_after_norm, dropout, layer, site=1)
+
+    def _branch(self, y: Array, norm: Normalize | None, dropout: Dropout | None, layer: Array | int, site: int) -> Array:
+        y = y if norm is None else norm(y)
+        return y if dropout is None else dropout(y, layer, site)
+
+
+class Transformer(nnx.Module):
+    """Token ids to logits: embed, `num_layers` stacked blocks under one scan, a norm, and the head.
+
+    Attributes:
+        config: what it is.
+        embedding, positions, layers, final_norm, head: its parts; `layers` holds every block's parameters stacked on a
+            leading `layer` dim, `positions` is None with RoPE, `head` is None when tied.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import shardlm as sl
+        >>> model = sl.Transformer(sl.presets.tiny(), rngs=nnx.Rngs(0))
+        >>> model(jnp.zeros((1, 16), jnp.int32)).shape
+        (1, 16, 257)
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = embedding.Table(config, rngs=rngs)
+        learned = isinstance(config.positions, LearnedPositions)
+        self.positions = embedding.PositionTable(config.positions, config, rngs=rngs) if learned else None
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layer"})
+        def stacked(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs)
+
+        self.layers = stacked(rngs)
+        self.final_norm = Normalize(config.norm, "embed", config.d_model, config.param_dtype)
+        self.head = None if config.tied else embedding.Table(config, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        segments: Array | None = None,
+        positions: Array | None = None,
+        dropout: Dropout | None = None,
+    ) -> Array:
+        """Logits of the next token.
+
+        Args:
+            tokens: int32[batch, sequence].
+            segments: int32[batch, sequence]; attention never crosses from one value to another. None: a row is one segment.
+            positions: int32[batch, sequence], for RoPE or the position table. None: 0, 1, 2, ...
+            dropout: None, or the masks of a training step.
+
+        Returns:
+            float32[batch, sequence, vocab] (float64 when computing in float64).
+        """
+        x = self.hidden(tokens, segments=segments, positions=positions, dropout=dropout)
+        return self.logits(x)[..., : self.config.vocab_size]
+
+    def hidden(
+        self,
+        tokens: Array,
+        *,
+        segments: Array | None = None,
+        positions: Array | None = None,
+        dropout: Dropout | None = None,
+        execution: Execution = PLAIN,
+    ) -> Array:
+        """The last block's output: [batch, sequence, embed], laid out as the residual stream is. Arguments as of a call."""
+        c = self.config
+        sequence = tokens.shape[1]
+        if c.max_sequence is not None and sequence > c.max_sequence:
+            raise ValueError(f"a sequence of {sequence} tokens is longer than the {c.max_sequence} learned positions")
+        places = jnp.arange(sequence)
+        positions = places[None] if positions is None else positions
+        x, dropout = self._embed(tokens, positions, dropout, execution)
+
+        windowed = any(w is not None for w in c.windows)
+        rotary = self._rotations(positions, x.dtype)
+        uniform = len(set(c.windows)) == 1  # the same in every layer: a constant, which fused attention kernels need
+
+        def apply(block: Block, x: Array, inputs: dict[str, Array]) -> Array:
+            window = (c.windows[0] if uniform else inputs["window"]) if windowed else None
+            rotation = None
+            if rotary:
+                rotation = rotary[0] if len(rotary) == 1 else jax.tree.map(lambda *t: jnp.where(inputs["local"], *t), *rotary)
+            return block(x, Visibility(places, segments, window), rotation, dropout, inputs["layer"])
+
+        far = jnp.iinfo(jnp.int32).max
+        per_layer = {
+            "layer": jnp.arange(c.num_layers),
+            "window": jnp.array([far if w is None else w for w in c.windows], jnp.int32),
+            "local": jnp.array([w is not None for w in c.windows]),
+        }
+        return scan_layers(self.layers, x, apply, per_layer, execution)
+
+    def logits(self, x: Array) -> Array:
+        """`hidden`'s result to logits over the padded vocabulary, or over the part of it that this device holds."""
+        h = tensor.enter(self.final_norm(x))
+        table = self.embedding if self.head is None else self.head
+        return embedding.logits(table.table[...], h, self.config)
+
+    def _embed(self, tokens: Array, positions: Array, dropout: Dropout | None, execution: Execution):
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = embedding.look_up(self.embedding.table[...], tokens, c.vocab_size).astype(dtype)
+        split = execution.sequence_parallel
+        x = tensor.leave_split(x) if split else tensor.all_reduce(x)
+        if c.embedding_scale is not None:
+            x = x * jnp.asarray(c.embedding_scale, dtype)
+        if self.positions is not None:
+            places = tensor.split_sequence(positions) if split else positions
+            x = x + self.positions.table[...][places].astype(dtype)
+        if dropout is not None:
+            if split:
+                dropout = Dropout(dropout.rate, dropout.key, dropout.rows, tensor.split_sequence(dropout.columns[None])[0])
+            x = dropout(x, c.num_layers, site=2)
+        return x, dropout
+
+    def _rotations(self, positions: Array, dtype: Any) -> list[tuple[Array, Array]]:
+        """The rotation of every layer, or of the layers (with a window, without one) where these differ."""
+        c = self.config
+        if not isinstance(c.positions, Rope):
+            return []
+        wide = jnp.promote_types(dtype, jnp.float32)
+        kinds = [c.positions] if c.local_positions is None else [c.local_positions, c.positions]
+        return [rotations(rope, c.head_dim, positions, wide) for rope in kinds]
+
+
+def parameter_dims(config: TransformerConfig) -> tuple[Any, dict, dict]:
+    """The model's structure, and of each parameter its shape and the names of its dims; nothing is allocated.
+
+    Returns:
+        The NNX graph definition, and two nested dicts alike: `jax.ShapeDtypeStruct`s, and (shape, dims) pairs.
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    shapes = nnx.to_pure_dict(state)
+    flat = {path: variable for path, variable in nnx.to_flat_state(state)}
+    dims: dict[str, Any] = {}
+    for path, variable in flat.items():
+        node = dims
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        value = variable.get_value()
+        node[path[-1]] = (tuple(value.shape), tuple(variable.get_metadata()["out_sharding"]))
+    return graph, shapes, dims
+
+
+def count_parameters(config: TransformerConfig) -> int:
+    """Number of parameters, padding of the vocabulary not counted."""
+    _, shapes, _ = parameter_dims(config)
+    padding = (config.padded_vocab_size - config.vocab_size) * config.d_model * (1 if config.tied else 2)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) - padding
+

@@ -1,0 +1,1 @@
+"""The kinds of parallelism, one file or folder each."""

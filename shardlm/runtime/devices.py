@@ -1,0 +1,42 @@
+"""Several CPU devices on one machine, so that any layout runs without an accelerator."""
+
+import jax
+
+
+def fake_devices(count: int = 8) -> None:
+    """Split the CPU into `count` JAX devices.
+
+    It sets the number of CPU devices and nothing else: where JAX finds an accelerator, `jax.devices()` still returns
+    that, and `jax.devices("cpu")` these. Calling it again with the same count does nothing.
+
+    Args:
+        count: number of CPU devices, for this process.
+
+    Raises:
+        RuntimeError: JAX has started already, with another number of CPU devices.
+
+    Example:
+        >>> import shardlm as sl
+        >>> sl.fake_devices(8)
+        >>> mesh = sl.Layout(data=2, fsdp=2, tensor=2).mesh()
+    """
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"fake_devices({count!r}): the number of devices is a positive integer")
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:  # JAX refuses a new number once a backend has started
+        started = _cpu_devices()
+        if started != count:
+            raise RuntimeError(
+                f"fake_devices({count}) came too late: JAX has already started, with {started} CPU device(s). "
+                "The first use of a device (jax.devices(), any jax.numpy operation) fixes their number. "
+                "Restart the kernel or the process, and call fake_devices before that."
+            ) from error
+
+
+def _cpu_devices() -> int:
+    """Number of this process's CPU devices; 0 where JAX runs without its CPU backend."""
+    try:
+        return len(jax.local_devices(backend="cpu"))
+    except RuntimeError:
+        return 0

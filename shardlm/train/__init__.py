@@ -1,0 +1,1 @@
+"""Training: loss, state, step, optimizer, trainer, metrics."""

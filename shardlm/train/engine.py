@@ -1,0 +1,249 @@
+"""Loss and gradients of one step: by our own collectives (manual), or by the compiler's (auto), from the same model.
+
+Both give functions of (parameters, batch, dropout key) on global arrays, to be called under `jax.jit`:
+
+- manual: one `jax.shard_map` over the whole mesh; the program communicates exactly where `collectives` is called.
+- auto: plain JAX, partitioned by XLA from the parameters' shardings. It shares no communication with manual, which makes
+  it an independent check.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from shardlm import collectives
+from shardlm.dims import DimTable, Split
+from shardlm.layout import Axis, Layout
+from shardlm.models.config import TransformerConfig
+from shardlm.models.dropout import Dropout
+from shardlm.models.stack import Execution
+from shardlm.models.transformer import Transformer, parameter_dims
+from shardlm.parallel import zero
+from shardlm.train.loss import loss_sum
+
+Parameters = dict[str, Any]
+"""A nested dict of arrays: the model's parameters, or their gradients."""
+
+ENGINES = ("manual", "auto")
+_LAYERS = "layers/"
+_BATCH_AXES = (Axis.DATA, Axis.FSDP, Axis.EXPERT, Axis.CONTEXT)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a model on a layout that is known before any array exists.
+
+    Attributes:
+        config, layout, mesh: what was asked for, the layout's sizes resolved.
+        table: the dims' rules.
+        graph: the model's NNX graph definition.
+        shapes: its parameters as `jax.ShapeDtypeStruct`s, a nested dict.
+        splits: for each path, how it is split.
+    """
+
+    config: TransformerConfig
+    layout: Layout
+    mesh: Mesh
+    table: DimTable
+    graph: Any
+    shapes: Parameters
+    splits: dict[str, Split]
+
+    @classmethod
+    def of(cls, config: TransformerConfig, layout: Layout, mesh: Mesh) -> "Plan":
+        """Plan `config` on `layout`; raises `LayoutError` where a dim does not divide."""
+        graph, shapes, dims = parameter_dims(config)
+        table = DimTable.of(layout, config.num_kv_heads)
+        return cls(config, layout, mesh, table, graph, shapes, flatten(table.splits(dims)))
+
+    def shardings(self, which: str) -> Parameters:
+        """A sharding for each parameter: `"stored"`, `"sharded"` (as gradients and optimizer state) or `"whole"`."""
+        return unflatten({path: NamedSharding(self.mesh, getattr(split, which)) for path, split in self.splits.items()})
+
+    def batch_spec(self) -> PartitionSpec:
+        """The spec of a batch array [batch, sequence]."""
+        return self.table.activation("batch", "sequence")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as one dict by path, "layers/mlp/up/kernel"."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+def merge(graph: Any, parameters: Parameters) -> Transformer:
+    """The module whose parameters are these."""
+    return nnx.merge(graph, nnx.State(parameters))
+
+
+def loss_and_grads(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, Array], Array], tuple[Array, Array, Parameters]]:
+    """A function (parameters, batch, dropout key) -> (sum of losses, sum of weights, gradients of the mean), global arrays."""
+    local = _manual_step if engine == "manual" else _auto_step
+
+    def function(parameters: Parameters, batch: dict[str, Array], key: Array):
+        total, weight, grads = local(plan, flatten(parameters), _with_places(batch), key)
+        return total, weight, unflatten(jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, flatten(parameters)))
+
+    return function
+
+
+def evaluate(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, Array]], tuple[Array, Array]]:
+    """A function (parameters, batch) -> (sum of losses, sum of weights), without dropout."""
+
+    def local(parameters: dict[str, Array], batch: dict[str, Array]) -> tuple[Array, Array]:
+        plans = _zero_plans(plan)
+        ready, execution = _prepare(plan, plans, parameters)
+        model = merge(plan.graph, unflatten(ready))
+        total = loss_sum(model, batch, execution=execution)
+        return collectives.all_reduce(total, _BATCH_AXES), collectives.all_reduce(batch["weights"].sum(), _BATCH_AXES)
+
+    def function(parameters: Parameters, batch: dict[str, Array]) -> tuple[Array, Array]:
+        if engine == "auto":
+            return loss_sum(merge(plan.graph, parameters), batch), batch["weights"].sum()
+        return _manual(plan, local, batch, (PartitionSpec(), PartitionSpec()))(flatten(parameters), batch)
+
+    return function
+
+
+def logits(plan: Plan) -> Callable[[Parameters, Array], Array]:
+    """A function (parameters, tokens[batch, sequence]) -> logits[batch, sequence, padded vocabulary], manual engine."""
+
+    def local(parameters: dict[str, Array], batch: dict[str, Array]) -> Array:
+        ready, execution = _prepare(plan, _zero_plans(plan), parameters)
+        model = merge(plan.graph, unflatten(ready))
+        return model.logits(model.hidden(batch["tokens"], execution=execution))
+
+    batch_axes, vocab = plan.table.activation("batch"), plan.table.rules["vocab"]
+    spec = PartitionSpec(*(batch_axes or (None,)), None, vocab or None)
+
+    def function(parameters: Parameters, tokens: Array) -> Array:
+        batch = {"tokens": tokens}
+        return _manual(plan, local, batch, spec)(flatten(parameters), batch)
+
+    return function
+
+
+def gather_updated(plan: Plan, shards: Parameters) -> Parameters:
+    """Updated parameters as they are stored, from updated shards: ZeRO-1 and 2 gather them, in a `shard_map` of their own."""
+    flat = flatten(shards)
+    moved = {path: x for path, x in flat.items() if plan.splits[path].stored != plan.splits[path].sharded}
+    if not moved:
+        return shards
+    gather = jax.shard_map(
+        partial(zero.gather_updated, splits=plan.splits),
+        mesh=plan.mesh,
+        in_specs=({path: plan.splits[path].sharded for path in moved},),
+        out_specs={path: plan.splits[path].stored for path in moved},
+        check_vma=False,  # the type system takes a gathered array for one that varies
+    )
+    return unflatten(flat | gather(moved))
+
+
+def _manual(plan: Plan, local: Callable, batch: dict[str, Array], out_specs: Any, *extra: PartitionSpec) -> Callable:
+    in_specs = ({path: split.stored for path, split in plan.splits.items()}, _batch_specs(plan, batch), *extra)
+    return jax.shard_map(local, mesh=plan.mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def _batch_specs(plan: Plan, batch: dict[str, Array]) -> dict[str, PartitionSpec]:
+    dims = {"rows": ("batch",), "columns": ("sequence",)}
+    return {name: plan.table.activation(*dims.get(name, ("batch", "sequence"))) for name in batch}
+
+
+def _with_places(batch: dict[str, Array]) -> dict[str, Array]:
+    # Each row and column carries its global index along, so that dropout needs to know of no split.
+    rows, columns = batch["tokens"].shape
+    return batch | {"rows": jnp.arange(rows), "columns": jnp.arange(columns)}
+
+
+def _zero_plans(plan: Plan) -> dict[str, zero.Plan]:
+    return {path: zero.plan(split, plan.layout, plan.config.dtype) for path, split in plan.splits.items()}
+
+
+def _prepare(plan: Plan, plans: dict[str, zero.Plan], stored: dict[str, Array]) -> tuple[dict[str, Array], Execution]:
+    """The parameters as the step differentiates them, and how the layers make theirs ready."""
+    begun = {path: zero.begin(x, plans[path]) for path, x in stored.items()}
+    in_layers = {path.removeprefix(_LAYERS): p for path, p in plans.items() if path.startswith(_LAYERS) and p.per_layer}
+    beside = {path: stored[_LAYERS + path] for path, p in in_layers.items() if p.has_placeholder}
+
+    def prepare(layer: Parameters, beside: dict[str, Array]) -> Parameters:
+        flat = flatten(layer)
+        return unflatten(flat | {path: zero.use(flat[path], beside.get(path), p) for path, p in in_layers.items()})
+
+    execution = Execution(
+        remat=plan.layout.remat,
+        sequence_parallel=plan.layout.sequence_parallel,
+        prepare=prepare if in_layers else None,
+        beside=beside,
+    )
+    return begun, execution
+
+
+def _manual_step(plan: Plan, parameters: dict[str, Array], batch: dict[str, Array], key: Array):
+    plans = _zero_plans(plan)
+
+    def local(stored: dict[str, Array], batch: dict[str, Array], key: Array):
+        begun, execution = _prepare(plan, plans, stored)
+        total, grads = _accumulate(plan, begun, batch, key, execution)
+        grads = {path: zero.finish(g, plans[path]) for path, g in grads.items()}
+        return collectives.all_reduce(total, _BATCH_AXES), collectives.all_reduce(batch["weights"].sum(), _BATCH_AXES), grads
+
+    out_specs = (PartitionSpec(), PartitionSpec(), {path: split.sharded for path, split in plan.splits.items()})
+    return _manual(plan, local, batch, out_specs, PartitionSpec())(parameters, batch, key)
+
+
+def _auto_step(plan: Plan, parameters: dict[str, Array], batch: dict[str, Array], key: Array):
+    total, grads = _accumulate(plan, parameters, batch, key, Execution(remat=plan.layout.remat))
+    shardings = {path: NamedSharding(plan.mesh, split.sharded) for path, split in plan.splits.items()}
+    return total, batch["weights"].sum(), jax.lax.with_sharding_constraint(grads, shardings)
+
+
+def _accumulate(
+    plan: Plan, parameters: dict[str, Array], batch: dict[str, Array], key: Array, execution: Execution
+) -> tuple[Array, dict[str, Array]]:
+    """Sum of losses, and its gradient in at least float32, over the microbatches of the batch held here."""
+    columns = batch["columns"]
+
+    def loss(parameters: dict[str, Array], microbatch: dict[str, Array]) -> Array:
+        rate = plan.config.dropout
+        dropout = Dropout(rate, key, microbatch["rows"], columns) if rate else None
+        return loss_sum(merge(plan.graph, unflatten(parameters)), microbatch, dropout, execution)
+
+    rowwise = {name: x for name, x in batch.items() if name != "columns"}
+    count = plan.layout.accumulate
+    if count == 1:
+        return jax.value_and_grad(loss)(parameters, rowwise)
+
+    def body(carry: tuple[Array, dict[str, Array]], microbatch: dict[str, Array]):
+        total, sums = carry
+        more, grads = jax.value_and_grad(loss)(parameters, microbatch)
+        return (total + more, jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads)), None
+
+    wide = jnp.promote_types(plan.config.dtype, jnp.float32)
+    start = collectives.mark_varying(jnp.zeros((), wide), _BATCH_AXES)
+    zeros = {path: collectives.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)) for path, x in parameters.items()}
+    # Rows that a device holds stay on it: microbatch k takes every count-th row, so that in auto mode the rows of each
+    # microbatch are spread over the devices as the batch is.
+    microbatches = {name: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for name, x in rowwise.items()}
+    return jax.lax.scan(body, (start, zeros), microbatches)[0]

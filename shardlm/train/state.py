@@ -1,0 +1,74 @@
+"""What a training run carries from step to step, and where each array of it lives."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from shardlm.dims import Split
+from shardlm.models.transformer import Transformer
+from shardlm.train.engine import Parameters, Plan
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state"), meta_fields=())
+@dataclass(frozen=True)
+class TrainState:
+    """A training run between two steps: a pytree of global arrays, nothing else.
+
+    Attributes:
+        step: int32 scalar, updates made so far.
+        params: a nested dict of arrays, whole or, with ZeRO-3, split over the fsdp axis.
+        opt_state: Optax's state; arrays of a parameter's shape are split as its gradient is.
+    """
+
+    step: Array
+    params: Parameters
+    opt_state: Any
+
+
+def init(plan: Plan, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The initial state; to be compiled with `abstract`'s shardings, so that each device makes its own part only."""
+    _, state = nnx.split(Transformer(plan.config, rngs=nnx.Rngs(seed)))
+    params = nnx.to_pure_dict(state)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def abstract(plan: Plan, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state as `jax.ShapeDtypeStruct`s with shardings; nothing is allocated."""
+
+    def place(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(plan.mesh, spec))
+
+    shapes = jax.eval_shape(lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)), plan.shapes)
+    params = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes.params, plan.shardings("stored")
+    )
+    opt_state = jax.tree_util.tree_map_with_path(
+        lambda keys, x: place(x, _optimizer_spec(keys, x.shape, plan.splits)), shapes.opt_state
+    )
+    return TrainState(place(shapes.step, PartitionSpec()), params, opt_state)
+
+
+def _optimizer_spec(keys: tuple[Any, ...], shape: tuple[int, ...], splits: dict[str, Split]) -> PartitionSpec:
+    """Arrays that belong to a parameter (their path ends in its path) are split as its gradient, dim by dim.
+
+    An array with one dim fewer (Adafactor's factored moments) is split as the dims that are left; all else is whole.
+    """
+    names = [str(getattr(key, "key", "")) for key in keys]
+    for start in range(len(names)):
+        split = splits.get("/".join(names[start:]))
+        if split is None:
+            continue
+        spec = tuple(split.sharded) + (None,) * (len(split.shape) - len(split.sharded))
+        if shape == split.shape:
+            return split.sharded
+        for dim in range(len(split.shape)):
+            if shape == split.shape[:dim] + split.shape[dim + 1 :]:
+                return PartitionSpec(*spec[:dim], *spec[dim + 1 :])
+    return PartitionSpec()

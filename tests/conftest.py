@@ -1,0 +1,58 @@
+"""Gives every test 8 CPU devices, and ends the run rather than skip a test when they are missing."""
+
+import os
+from collections.abc import Iterator
+
+# Before the import, so that the processes that tests start also stay on the CPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+DEVICE_COUNT = 8
+
+
+def pytest_configure() -> None:
+    """Makes the devices and counts them.
+
+    The setting wins over a device count in XLA_FLAGS and over JAX_NUM_CPU_DEVICES, so neither is changed: the user's
+    other flags hold, and a process that a test starts sees the environment that a user's process would.
+    """
+    try:
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+        jax.config.update("jax_num_cpu_devices", DEVICE_COUNT)
+    except RuntimeError:
+        pass  # something started a backend before us; whether it has enough devices is checked below
+    try:
+        devices = jax.devices()
+    except (
+        Exception
+    ) as error:  # JAX_PLATFORMS names a platform that is not there; what JAX raises then is not specified
+        raise pytest.UsageError(
+            f"the tests need {DEVICE_COUNT} devices, but JAX finds none: {error!r}. "
+            f"JAX_PLATFORMS is {os.environ['JAX_PLATFORMS']!r}: unset it, or set it to 'cpu', to run on fake devices."
+        ) from error
+    if len(devices) < DEVICE_COUNT:
+        raise pytest.UsageError(
+            f"the tests need {DEVICE_COUNT} devices, but JAX has {len(devices)}: {devices}. "
+            f"JAX_PLATFORMS is {os.environ['JAX_PLATFORMS']!r}: unset it, or set it to 'cpu', to run on fake devices. "
+            "If it is 'cpu' already, a pytest plugin started JAX before tests/conftest.py could ask for more: "
+            "disable it with -p no:NAME."
+        )
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Lets the test use float64, in the test's own thread."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def x64_module() -> Iterator[None]:
+    """Lets a whole module use float64, its module-scoped fixtures included.
+
+    It lasts to the end of the module, so name it for all tests: `pytestmark = pytest.mark.usefixtures("x64_module")`.
+    """
+    with jax.enable_x64(True):
+        yield
