@@ -67,8 +67,10 @@ def _notes(layout: Any, config: Any) -> list[str]:
     if config is None:
         return notes
     if config.num_kv_heads < layout.tensor:
-        copies = layout.tensor // config.num_kv_heads
-        notes.append(f"kv heads {config.num_kv_heads} < tensor {layout.tensor}: each kv head on {copies} devices")
+        notes.append(
+            f"kv heads {config.num_kv_heads} < tensor {layout.tensor}: every device of the tensor axis stores the weights "
+            f"of all {config.num_kv_heads}, and computes with the one that its query heads share"
+        )
     padded = getattr(config, "padded_vocab_size", config.vocab_size)
     if padded != config.vocab_size:
         notes.append(f"vocabulary {config.vocab_size} padded to {padded}")

@@ -2,19 +2,17 @@
 
 A checkpoint is a folder:
 
-    metadata/metadata.json   the caller's metadata and a digest of each array, to read without loading one
-    state/                   the arrays, written shard by shard by Orbax; files.json lists the sizes of its files
+    metadata.json   the caller's metadata, a digest of each array, the size of each file
+    state/          the arrays, written shard by shard by Orbax
 
 Arrays are stored under their path in the state (`params/embedding/table`). What layout they had is not used again: the
 target of `restore` alone says which device gets what.
 """
 
 import contextlib
-import functools
+import dataclasses
 import json
 import os
-import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +32,8 @@ Rows = Callable[[str, tuple[int, ...]], int | None]
 def save(path: str | os.PathLike, state: Any, metadata: dict | None = None, *, overwrite: bool = False) -> None:
     """Writes one checkpoint and returns when it is complete on disk.
 
-    The folder gets its name once everything in it is written: a process killed before that leaves nothing at `path`, or
-    the checkpoint that was to be overwritten.
+    The folder gets its name once everything in it is written: a kill before that leaves nothing at `path`, or what was
+    to be overwritten.
 
     Args:
         path: the folder to create: it must not exist, or be empty.
@@ -58,33 +56,33 @@ def save(path: str | os.PathLike, state: Any, metadata: dict | None = None, *, o
     if replaces and not overwrite:
         raise ValueError(f"{path} already holds a checkpoint: choose another path, or pass overwrite=True")
     if path.exists() and not replaces and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(
-            f"{path} exists and is not a checkpoint{_known_steps(path)}: choose a path that does not exist"
-        )
+        raise ValueError(f"{path} exists and is not a checkpoint{_known_steps(path)}: choose a new path")
     written = path.parent / f"{path.name}.new" if replaces else path
-    with ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**_handlers())) as checkpointer:
+    with ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(written, args=args, force=True)
     if replaces:
         if jax.process_index() == 0:
-            old = path.rename(path.parent / f"{path.name}.old")
+            old = path.parent / f"{path.name}.old"
+            old.rmtree(missing_ok=True)
+            path.rename(old)
             written.rename(path)
             old.rmtree()
         ocp.multihost.sync_global_processes("shardlm:checkpoint:overwrite")
 
 
 def restore(path: str | os.PathLike, target: Any, *, rows: Rows | None = None) -> Any:
-    """Loads a checkpoint onto the devices and layout of `target`, each device reading the slices it is to hold.
+    """Loads a checkpoint onto the devices and layout of `target`; each device reads the slices it is to hold.
 
-    Paths, shapes and dtypes are compared with the target before an array is loaded, and after that each array's digest
-    with that of the array that was saved, so a damaged file cannot pass for a state.
+    Before any array is loaded, all paths, shapes and dtypes are compared with the target. After it, the arrays' digests
+    are compared with those of the arrays that were saved, so that a damaged file never passes for a state.
 
     Args:
         path: a folder written by `save`, or one step of `Checkpoints` ("runs/a/300").
         target: the state wanted: a pytree of `jax.ShapeDtypeStruct`s with shardings (or of arrays), or an object with
             such a pytree as its attribute `abstract_state`: a `Trainer`.
-        rows: names the leaves that hold padding after their real rows, the vocabulary's, and the optimizer's moments of
-            it, whose paths end alike. Such a leaf may be stored with another number of rows: the real ones are kept,
-            the others are zero. Default: the target's method `padded_rows`, where it has one.
+        rows: says which leaves hold padding after their real rows (the vocabulary's, and the optimizer's moments of it,
+            whose paths end alike). Such a leaf may be stored with another number of rows: the real ones are kept, the
+            others are zero. Default: the target's method `padded_rows`, where it has one.
 
     Returns:
         A pytree like the target, of arrays with its shardings.
@@ -98,12 +96,12 @@ def restore(path: str | os.PathLike, target: Any, *, rows: Rows | None = None) -
     abstract, treedef = _flatten(getattr(target, "abstract_state", target))
     if unplaced := [name for name, leaf in abstract.items() if getattr(leaf, "sharding", None) is None]:
         raise ValueError(f"the target must say where arrays go: no sharding is given for {', '.join(unplaced)}")
-    digests = _read_record(path)["digests"]
-    stored = _read_tree(path)
+    record = _read_record(path)
+    stored = _read_tree(path, record["files"])
     real = _compare(path, stored, abstract, rows)
 
-    # Orbax fills rows that are not stored with zeros, and drops surplus ones. A leaf that is to shrink is loaded with all
-    # stored rows, rounded up to what its sharding divides, for the digest is that of them all.
+    # Orbax fills rows that are not stored with zeros, and drops surplus ones. A leaf that is to shrink is loaded with
+    # all stored rows, rounded up to what its sharding divides, because the digest is that of them all.
     load = dict(abstract)
     for name in real:
         leaf = abstract[name]
@@ -118,28 +116,26 @@ def restore(path: str | os.PathLike, target: Any, *, rows: Rows | None = None) -
     except Exception as error:
         raise _damaged(path, f"its arrays cannot be read ({_reason(error)})") from error
     found = _digests(arrays)
-    if wrong := [name for name in arrays if found[name] != digests.get(name)]:
+    if wrong := [name for name in arrays if found[name] != record["digests"].get(name)]:
         raise _damaged(path, f"what was read is not what was saved: {', '.join(wrong)}")
     for name, num_rows in real.items():
-        arrays[name] = _keep_rows(arrays.pop(name), num_rows, abstract[name])
+        keep = jax.jit(_keep_rows, static_argnums=(1, 2), out_shardings=abstract[name].sharding)
+        arrays[name] = keep(arrays[name], num_rows, abstract[name].shape[0])
     return jax.tree.unflatten(treedef, [arrays[name] for name in abstract])
 
 
 def read_metadata(path: str | os.PathLike) -> dict:
-    """Returns the metadata that was saved with a checkpoint; loads no array and touches no device.
-
-    Raises FileNotFoundError and ValueError as `restore` does.
-    """
+    """Returns the metadata saved with a checkpoint; touches no device. Raises what `restore` raises."""
     return _read_record(_absolute(path))["metadata"]
 
 
 class Checkpoints:
     """The checkpoints of a run: one folder per step in `directory`, of which the last `keep` stay.
 
-    `save` returns as soon as the arrays have left the devices, and goes on in the background. Every other method waits
-    for it first, so a step that is listed is complete. After a kill at any moment the last complete step is the latest;
-    what was left half-written is removed by the first save of the next run. Only one run may save to a directory at a
-    time; any number may read.
+    `save` returns as soon as the arrays have left the devices, and goes on in the background; every other method waits
+    for it first. A program must close() before it ends, or it loses a save still running: use `with`. After a kill at
+    any moment the last complete step is the latest; what is half-written is removed by the next run's first save. One
+    run at a time may save to a directory; any number may read.
 
     Args:
         directory: created by the first save.
@@ -154,11 +150,10 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike, keep: int | None = 3):
         if keep is not None and keep < 1:
-            raise ValueError(f"keep={keep}: expected the number of checkpoints that stay, at least 1, or None for all")
+            raise ValueError(f"keep={keep}: expected how many checkpoints stay, at least 1, or None for all")
         self.directory = _absolute(directory)
         self.keep = keep
         self._manager: ocp.CheckpointManager | None = None
-        self._last_saved: int | None = None
 
     def save(self, step: int, state: Any, metadata: dict | None = None) -> None:
         """Starts to save, once the previous save has ended; `state` may be donated as soon as this returns.
@@ -168,15 +163,17 @@ class Checkpoints:
             TypeError: a leaf of `state` is not a `jax.Array`.
             RuntimeError: this save cannot be started, or the previous one failed.
         """
-        step, latest = int(step), self.latest()
-        if step < 0 or (latest is not None and step <= latest):
-            raise ValueError(
-                f"cannot save step {step} to {self.directory}{_known_steps(self.directory)}: steps only go up. "
-                "A run that went back to an earlier step saves to a directory of its own"
-            )
+        step = int(step)
+        if step <= max(self.steps(), default=-1):
+            where = f"{self.directory}{_known_steps(self.directory)}"
+            raise ValueError(f"cannot save step {step} to {where}: steps only go up; after going back use another")
         args = _save_args(state, metadata)
-        self._manager = self._manager or self._open()
-        self._last_saved = step
+        # Orbax's classic interface and not v1, which is still under `orbax.checkpoint.experimental`, where module paths
+        # move; both stand on the same code. Opened here and not before, because it removes unfinished saves, which to a
+        # mere reader may be another run's work.
+        policy = ocp.checkpoint_managers.LatestN(self.keep)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+        self._manager = self._manager or ocp.CheckpointManager(self.directory, options=options)
         with self._errors_of_saving():
             self._manager.save(step, args=args, force=True)
 
@@ -218,19 +215,6 @@ class Checkpoints:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def _open(self) -> ocp.CheckpointManager:
-        # Orbax's classic interface rather than v1: both write the same files and ran on every JAX we support, but v1 is
-        # still under `orbax.checkpoint.experimental`, whose module paths may move. It is opened by the first save because
-        # it removes unfinished saves, which to a mere reader may be another run's work.
-        options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True)
-        manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=_handlers())
-        # A script that ends without close() would lose a running save: Python shuts the thread pools that Orbax needs
-        # before it joins threads and long before `atexit`, and has no public hook that early.
-        if at_exit := getattr(threading, "_register_atexit", None):
-            this = weakref.ref(self)
-            at_exit(lambda: this() and this().close())
-        return manager
-
     @contextlib.contextmanager
     def _errors_of_saving(self):
         try:
@@ -239,48 +223,42 @@ class Checkpoints:
             manager, self._manager = self._manager, None
             with contextlib.suppress(Exception):  # it may raise the same once more
                 manager.close()
-            raise RuntimeError(
-                f"saving step {self._last_saved} in {self.directory} failed: {_reason(error)}"
-            ) from error
+            raise RuntimeError(f"a save to {self.directory} failed: {_reason(error)}") from error
 
 
-class _ArraysHandler(ocp.StandardCheckpointHandler):
-    """Adds a list of file sizes, so that a file cut short is named before any is read."""
+class _Handler(ocp.StandardCheckpointHandler):
+    """Orbax's handler of arrays, which also writes metadata.json as the last file of a checkpoint."""
+
+    async def async_save(self, directory, args):
+        self._record = args.record
+        return await super().async_save(directory, args=args)
 
     def finalize(self, directory):
         super().finalize(directory)
-        (directory / "files.json").write_text(json.dumps(_file_sizes(directory), indent=1))
+        record = self._record | {"files": _file_sizes(directory)}
+        (directory.parent / "metadata.json").write_text(json.dumps(record, indent=2))
 
 
-class _RecordHandler(ocp.JsonCheckpointHandler):
-    """Lays the JSON out for people."""
-
-    def finalize(self, directory):
-        file = directory / "metadata.json"
-        file.write_text(json.dumps(json.loads(file.read_text()), indent=2))
-
-
-def _handlers() -> dict[str, ocp.CheckpointHandler]:
-    return {"state": _ArraysHandler(), "metadata": _RecordHandler("metadata.json")}
+@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _SaveArgs(ocp.args.StandardSave):
+    record: dict[str, Any] | None = None
 
 
 def _save_args(state: Any, metadata: dict | None) -> ocp.args.Composite:
     arrays, _ = _flatten(state)
     for name, leaf in arrays.items():
-        if not isinstance(leaf, jax.Array):
-            raise TypeError(f"{name}: the leaves of a state are jax.Arrays, this one is of type {type(leaf).__name__}")
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            raise TypeError(
-                f"{name}: cannot store {leaf.dtype}; in place of a random key keep jax.random.key_data(key)"
-            )
-    if empty := [name for name, leaf in arrays.items() if leaf.size == 0] or not arrays:
-        raise ValueError("the state has no arrays" if empty is True else f"arrays without elements: {', '.join(empty)}")
+        if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            kind = f"{type(leaf).__name__} {getattr(leaf, 'dtype', '')}".strip()
+            raise TypeError(f"{name}: a state is made of jax.Arrays of numbers (of a key, its key_data), not {kind}")
+    if empty := [name for name, leaf in arrays.items() if leaf.size == 0] or ([] if arrays else ["the whole state"]):
+        raise ValueError(f"there are no elements to save in {', '.join(empty)}")
     try:
-        record = {"format": FORMAT, "metadata": dict(metadata or {}), "digests": _digests(arrays)}
-        record = json.loads(json.dumps(record, allow_nan=False))  # a copy: the caller's may change before it is written
+        metadata = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))  # a copy: the caller's may change
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata must be a dict that JSON can hold: {error}") from error
-    return ocp.args.Composite(state=ocp.args.StandardSave(arrays), metadata=ocp.args.JsonSave(record))
+    record = {"format": FORMAT, "metadata": metadata, "digests": _digests(arrays)}
+    return ocp.args.Composite(state=_SaveArgs(arrays, record=record))
 
 
 def _flatten(state: Any) -> tuple[dict[str, Any], Any]:
@@ -322,13 +300,9 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def _keep_rows(array: jax.Array, num_rows: int, leaf: Any) -> jax.Array:
-    @functools.partial(jax.jit, out_shardings=leaf.sharding)
-    def keep(x):
-        real = lax.broadcasted_iota(jnp.int32, x.shape, 0) < num_rows
-        return jnp.where(real, x, jnp.zeros((), x.dtype))[: leaf.shape[0]]
-
-    return keep(array)
+def _keep_rows(x: jax.Array, num_rows: int, num_rows_padded: int) -> jax.Array:
+    real = lax.broadcasted_iota(jnp.int32, x.shape, 0) < num_rows
+    return jnp.where(real, x, jnp.zeros((), x.dtype))[:num_rows_padded]
 
 
 def _compare(path, stored: dict[str, Any], abstract: dict[str, Any], rows: Rows) -> dict[str, int]:
@@ -336,69 +310,58 @@ def _compare(path, stored: dict[str, Any], abstract: dict[str, Any], rows: Rows)
     real, problems = {}, []
     for name in sorted(stored.keys() | abstract.keys()):
         leaf, found = abstract.get(name), stored.get(name)
-        if found is None:
-            problems.append(f"{name}: missing, expected {leaf.dtype}{list(leaf.shape)}")
-        elif leaf is None:
-            problems.append(f"{name}: not in the target, found {found.dtype}{list(found.shape)}")
-        else:
-            if leaf.shape != found.shape:
-                same_otherwise = leaf.shape and found.shape and leaf.shape[1:] == found.shape[1:]
-                num_rows = rows(name, leaf.shape) if same_otherwise else None
-                if num_rows is not None and num_rows <= min(leaf.shape[0], found.shape[0]):
-                    real[name] = num_rows
-                else:
-                    of_which = "" if num_rows is None else f" ({num_rows} real rows)"
-                    problems.append(f"{name}: shape expected {leaf.shape}{of_which}, found {tuple(found.shape)}")
-            if jnp.dtype(leaf.dtype) != jnp.dtype(found.dtype):
-                problems.append(f"{name}: dtype expected {leaf.dtype}, found {found.dtype}")
+        if leaf is None or found is None:
+            which, array = ("not in the target, found", found) if leaf is None else ("missing, expected", leaf)
+            problems.append(f"{name}: {which} {array.dtype} {tuple(array.shape)}")
+            continue
+        if leaf.shape != found.shape:
+            only_rows = len(leaf.shape) == len(found.shape) > 0 and leaf.shape[1:] == found.shape[1:]
+            num_rows = rows(name, leaf.shape) if only_rows else None
+            if num_rows is not None and num_rows <= min(leaf.shape[0], found.shape[0]):
+                real[name] = num_rows
+            else:
+                of_which = "" if num_rows is None else f" with {num_rows} real rows"
+                problems.append(f"{name}: shape expected {leaf.shape}{of_which}, found {tuple(found.shape)}")
+        if jnp.dtype(leaf.dtype) != jnp.dtype(found.dtype):
+            problems.append(f"{name}: dtype expected {leaf.dtype}, found {found.dtype}")
     if problems:
-        raise ValueError(
-            f"the checkpoint {path} is of another model or optimizer than the target:\n  "
-            + "\n  ".join(problems)
-            + "\n"
-            "Restore it with the configuration it was saved with; shardlm.read_metadata(path) shows what was kept of it"
-        )
+        lines = [f"the checkpoint {path} is of another model or optimizer than the target:", *problems]
+        raise ValueError("\n  ".join(lines) + "\nIts configuration may be in its metadata: shardlm.read_metadata(path)")
     return real
 
 
 def _read_record(path) -> dict[str, Any]:
     steps = _known_steps(path) or _known_steps(path.parent)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        raise FileNotFoundError(
-            f"no checkpoint at {path}: it {'is empty' if path.exists() else 'does not exist'}{steps}"
-        )
+    absent = "does not exist" if not path.exists() else "is empty" if path.is_dir() and not any(path.iterdir()) else ""
+    if absent:
+        raise FileNotFoundError(f"no checkpoint at {path}: it {absent}{steps}")
     if not _is_checkpoint(path):
-        raise ValueError(f"{path} is not a checkpoint: it has no metadata/metadata.json{steps}")
+        raise ValueError(f"{path} is not a checkpoint: it has no metadata.json{steps}")
     try:
-        record = json.loads((path / "metadata" / "metadata.json").read_text())
-        content = record["format"], type(record["metadata"]), type(record["digests"])
+        record = json.loads((path / "metadata.json").read_text())
+        content = record["format"], *(type(record[key]) for key in ("metadata", "digests", "files"))
     except (ValueError, TypeError, LookupError) as error:
-        raise _damaged(path, f"metadata/metadata.json cannot be read ({_reason(error)})") from error
-    if content != (FORMAT, dict, dict):
+        raise _damaged(path, f"metadata.json cannot be read ({_reason(error)})") from error
+    if content != (FORMAT, dict, dict, dict):
         raise ValueError(f"{path} is in format {record['format']}; this version of shardlm reads format {FORMAT}")
     return record
 
 
-def _read_tree(path) -> dict[str, Any]:
+def _read_tree(path, sizes: dict[str, int]) -> dict[str, Any]:
     """Shape and dtype of each stored array, once every file is known to have the size it was written with."""
+    found = _file_sizes(path / "state")
+    wrong = {name: size for name, size in sizes.items() if found.get(name) != size}
+    if wrong := [f"{name} ({found.get(name, 0)} of {size} bytes)" for name, size in wrong.items()]:
+        raise _damaged(path, f"files in state/ are missing or cut short: {', '.join(wrong)}")
     try:
-        expected, found = json.loads((path / "state" / "files.json").read_text()), _file_sizes(path / "state")
-        wrong = [
-            f"{name} ({found.get(name, 0)} of {size} bytes)"
-            for name, size in expected.items()
-            if found.get(name) != size
-        ]
-        tree = {} if wrong else ocp.StandardCheckpointHandler().metadata(path / "state").tree
+        return ocp.StandardCheckpointHandler().metadata(path / "state").tree
     except Exception as error:
         raise _damaged(path, f"its list of arrays cannot be read ({_reason(error)})") from error
-    if wrong:
-        raise _damaged(path, f"files in state/ are cut short or missing: {', '.join(wrong)}")
-    return tree
 
 
 def _file_sizes(directory, prefix: str = "") -> dict[str, int]:
     sizes = {}
-    for entry in sorted(directory.iterdir()):
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
         name = f"{prefix}{entry.name}"
         sizes |= _file_sizes(entry, f"{name}/") if entry.is_dir() else {name: entry.stat().length}
     return sizes
@@ -411,18 +374,17 @@ def _absolute(path: str | os.PathLike):
 
 
 def _is_checkpoint(path) -> bool:
-    return (path / "metadata" / "metadata.json").exists()
+    return (path / "metadata.json").exists()
 
 
 def _steps(directory) -> list[int]:
-    return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(directory))
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal() and _is_checkpoint(entry))
 
 
 def _known_steps(directory) -> str:
-    steps = (
-        [str(step) for step in _steps(directory) if _is_checkpoint(directory / str(step))] if directory.is_dir() else []
-    )
-    return f" (steps in {directory}: {', '.join(steps)})" if steps else ""
+    steps = _steps(directory)
+    return f" (steps in {directory}: {', '.join(map(str, steps))})" if steps else ""
 
 
 def _damaged(path, what: str) -> ValueError:
@@ -432,4 +394,5 @@ def _damaged(path, what: str) -> ValueError:
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {str(error).split(chr(10))[0]:.200}"
+    [first_line, *_] = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first_line:.200}"

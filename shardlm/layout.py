@@ -253,8 +253,8 @@ class Layout:
         """Check that a model, and a global batch if given, can be split this way.
 
         Args:
-            config: the model's sizes: num_heads, num_kv_heads, d_ff, d_model. vocab_size is free, as the vocabulary is
-                padded; a padded_vocab_size must divide.
+            config: the model's sizes: num_heads, num_kv_heads, d_ff, d_model. the vocabulary never
+                conflicts, as it is padded.
             batch_size: rows of the global batch, all microbatches together.
             sequence: tokens per row.
 
@@ -275,12 +275,6 @@ class Layout:
             problems.append(
                 f"num_kv_heads={kv} and tensor={tensor}: one must be a multiple of the other; "
                 f"tensor can be {_near(legal, tensor)}"
-            )
-        padded = getattr(config, "padded_vocab_size", None)
-        if padded is not None and padded % tensor:
-            problems.append(
-                f"padded_vocab_size={padded} is not a multiple of tensor={tensor}: "
-                f"pad the vocabulary to a multiple of {tensor} (the config's vocab_multiple)"
             )
         if sequence is not None and self.sequence_parallel:
             problems.append(_divides("sequence", sequence, Axis.TENSOR, tensor))

@@ -248,8 +248,6 @@ def test_check_lists_every_conflict_with_the_legal_values():
         "d_ff=60 is not a positive multiple of tensor=8: tensor can be 3, 4, 5, 6, 10, 12, or d_ff 56 or 64",
         "d_model=24 is not a positive multiple of fsdp=5: fsdp can be 1, 2, 3, 4, 6, 8, or d_model 20 or 25",
         "num_kv_heads=6 and tensor=8: one must be a multiple of the other; tensor can be 1, 2, 3, 6, 12",
-        "padded_vocab_size=260 is not a multiple of tensor=8: "
-        "pad the vocabulary to a multiple of 8 (the config's vocab_multiple)",
         "sequence=9 is not a positive multiple of tensor=8: tensor can be 1, 3, 9, or sequence 8 or 16",
         "batch_size=50 is not a positive multiple of data=2 x fsdp=5 x accumulate=3 = 30: it would leave "
         "1.67 rows per device and microbatch; use 30 or 60",
@@ -406,7 +404,8 @@ def test_describe_says_what_each_axis_does_and_what_is_not_as_asked():
             "accumulate 5: gradients of 5 microbatches summed per step",
             "remat full: only each layer's input kept, the rest recomputed in the backward pass",
             "reduce_gradients step: summed over the batch axes once, after the backward pass",
-            "kv heads 2 < tensor 4: each kv head on 2 devices",
+            "kv heads 2 < tensor 4: every device of the tensor axis stores the weights of all 2, and computes with the one "
+            "that its query heads share",
             "vocabulary 257 padded to 384",
         ]
     )

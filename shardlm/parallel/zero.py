@@ -65,7 +65,7 @@ def plan(split: Split, layout: Layout, dtype: str) -> Plan:
     axes = batch + ((Axis.TENSOR,) if layout.sequence_parallel or tensor.in_branch(split.dims) else ())
     axes = tuple(str(axis) for axis in axes if layout.sizes[axis] > 1)
     matrix = split.path.endswith("/kernel")
-    at_once = layout.reduce_gradients == "step" or (layout.reduce_gradients is None and layout.accumulate > 1)
+    at_once = layout.gradient_reduction == "step"
     gathers = bool(split.zero_axes) and (layout.zero == 3 or (layout.zero == 2 and at_once))
     per_layer = matrix and bool(axes) and (gathers or not at_once)
     whole = Plan(split, axes, per_layer, (), dtype if matrix else None)

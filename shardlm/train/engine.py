@@ -103,7 +103,7 @@ def loss_and_grads(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, A
     local = _manual_step if engine == "manual" else _auto_step
 
     def function(parameters: Parameters, batch: dict[str, Array], key: Array):
-        total, weight, grads = local(plan, flatten(parameters), _with_places(batch), key)
+        total, weight, grads = local(plan, flatten(parameters), _with_places(_widen(plan.config, batch)), key)
         return total, weight, unflatten(jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, flatten(parameters)))
 
     return function
@@ -120,6 +120,7 @@ def evaluate(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, Array]]
         return collectives.all_reduce(total, _BATCH_AXES), collectives.all_reduce(batch["weights"].sum(), _BATCH_AXES)
 
     def function(parameters: Parameters, batch: dict[str, Array]) -> tuple[Array, Array]:
+        batch = _widen(plan.config, batch)
         if engine == "auto":
             return loss_sum(merge(plan.graph, parameters), batch), batch["weights"].sum()
         return _manual(plan, local, batch, (PartitionSpec(), PartitionSpec()))(flatten(parameters), batch)
@@ -175,6 +176,11 @@ def _with_places(batch: dict[str, Array]) -> dict[str, Array]:
     # Each row and column carries its global index along, so that dropout needs to know of no split.
     rows, columns = batch["tokens"].shape
     return batch | {"rows": jnp.arange(rows), "columns": jnp.arange(columns)}
+
+
+def _widen(config: TransformerConfig, batch: dict[str, Array]) -> dict[str, Array]:
+    # The sum of weights is as exact as the sum of losses that it divides.
+    return batch | {"weights": batch["weights"].astype(jnp.promote_types(config.dtype, jnp.float32))}
 
 
 def _zero_plans(plan: Plan) -> dict[str, zero.Plan]:

@@ -1,0 +1,45 @@
+"""Model FLOPs, and what fraction of the hardware's peak a step reaches."""
+
+from typing import Any
+
+from shardlm.models.config import LearnedPositions, TransformerConfig
+from shardlm.models.transformer import count_parameters
+
+# Dense bfloat16 FLOP/s of one device, by the start of JAX's `device_kind`; from the makers' data sheets: NVIDIA A100, H100
+# SXM, H200 and B200 (without sparsity), and Google Cloud's pages of TPU v4, v5e, v5p and v6e.
+PEAK_BF16 = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def model_flops_per_token(config: TransformerConfig, sequence: int) -> float:
+    """FLOPs of one training token, forward and backward, recomputation not counted: 6 N + 12 L H D S.
+
+    N are the parameters that multiply (not the embedding's lookup nor learned positions), L layers, H heads, D head_dim, S
+    the sequence, full though attention is causal: the convention of arXiv:2204.02311, appendix B.
+    """
+    multiplied = count_parameters(config)
+    if not config.tied:
+        multiplied -= config.vocab_size * config.d_model
+    if isinstance(config.positions, LearnedPositions):
+        multiplied -= config.positions.length * config.d_model
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim * sequence
+    return 6.0 * multiplied + attention
+
+
+def peak_flops(device: Any, dtype: str) -> float | None:
+    """The device's peak FLOP/s when computing in `dtype`; None where it is not known (CPUs, other dtypes)."""
+    if dtype != "bfloat16":
+        return None
+    kinds = [kind for kind in PEAK_BF16 if device.device_kind.startswith(kind)]
+    return PEAK_BF16[max(kinds, key=len)] if kinds else None

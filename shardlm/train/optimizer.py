@@ -1,0 +1,48 @@
+"""The default optimizer: AdamW with warm-up and cosine decay, clipping, and no decay where decay makes no sense."""
+
+import jax
+import optax
+
+from shardlm.models.parameter import VECTORS
+
+
+def decayed(params: dict) -> dict:
+    """True for the parameters that weight decay applies to: all but norm scales and biases. A mask for Optax."""
+    return jax.tree_util.tree_map_with_path(lambda keys, _: keys[-1].key not in VECTORS, params)
+
+
+def adamw(
+    learning_rate: float = 1e-3,
+    *,
+    steps: int,
+    warmup: int | None = None,
+    final: float = 0.1,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    weight_decay: float = 0.1,
+    clip: float | None = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW (arXiv:1711.05101) after clipping by the global norm, its rate warmed up linearly and then decayed by a cosine.
+
+    Args:
+        learning_rate: the peak.
+        steps: updates in the whole run; the cosine ends there.
+        warmup: updates until the peak; None is a tenth of `steps`, at most 1000.
+        final: the rate at the end, as a fraction of the peak.
+        b1, b2: decay of the moments.
+        weight_decay: not applied to norm scales and biases.
+        clip: the largest global norm of a gradient; None does not clip.
+
+    Example:
+        >>> trainer = sl.Trainer(config, layout, sl.adamw(1e-3, steps=1000))
+    """
+    if steps < 1:
+        raise ValueError(f"adamw: steps={steps}; the schedule needs the number of updates of the whole run, at least 1")
+    warmup = min(1000, max(1, steps // 10)) if warmup is None else warmup
+    if not 0 <= warmup <= steps:
+        raise ValueError(f"adamw: warmup={warmup} of steps={steps}; it is between 0 and steps")
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else learning_rate, learning_rate, warmup, max(steps, warmup + 1), learning_rate * final
+    )
+    rule = optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed)
+    return rule if clip is None else optax.chain(optax.clip_by_global_norm(clip), rule)

@@ -1,0 +1,207 @@
+"""The Trainer: a model, a layout and an optimizer, compiled once, and the calls a user makes of them."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import optax
+from jax import Array
+from jax.sharding import NamedSharding
+
+from shardlm.layout import Layout
+from shardlm.models.config import TransformerConfig
+from shardlm.models.transformer import count_parameters
+from shardlm.train import batch as batches_
+from shardlm.train import engine as engines
+from shardlm.train import state as states
+from shardlm.train.engine import Parameters, Plan
+from shardlm.train.optimizer import adamw
+from shardlm.train.state import TrainState
+from shardlm.train.step import Metrics, dropout_key, make_step
+
+Batch = Mapping[str, Any]
+"""Arrays [batch, sequence] by name: tokens, targets; optionally weights, segments, positions."""
+
+
+class Trainer:
+    """Trains one model on one layout. Nothing is allocated, and nothing compiled, before the first call that needs it.
+
+    Args:
+        config: the model.
+        layout: how many devices serve each kind of parallelism; default one device.
+        optimizer: any Optax transformation. Default: `sl.adamw(3e-4, steps=1000)`.
+        seed: of initial parameters and dropout.
+        devices: default all of `jax.devices()`, or the first one for the default layout.
+        engine: `"manual"` (our collectives) or `"auto"` (the compiler's), which computes the same by other means.
+
+    Attributes:
+        config: as given; where `layout.tensor` does not divide the padded vocabulary, padded further.
+        layout: with its sizes filled in.
+        mesh: the devices.
+        abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings.
+
+    Raises:
+        LayoutError: the layout does not fit the devices or the model; every conflict is listed.
+
+    Example:
+        >>> trainer = sl.Trainer(sl.presets.tiny(), sl.Layout(data=2, fsdp=2, tensor=2), sl.adamw(1e-3, steps=200))
+        >>> state = trainer.init()
+        >>> state, metrics = trainer.step(state, batch)
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layout: Layout | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        *,
+        seed: int = 0,
+        devices: Sequence[Any] | None = None,
+        engine: str = "manual",
+    ):
+        if engine not in engines.ENGINES:
+            raise ValueError(f"engine={engine!r}; it is one of {', '.join(map(repr, engines.ENGINES))}")
+        if devices is None:
+            devices = jax.devices()[:1] if layout is None else jax.devices()
+        layout = (layout or Layout()).resolve(len(devices))
+        layout.check(config)
+        if config.padded_vocab_size % layout.tensor:
+            config = dataclasses.replace(config, vocab_multiple=math.lcm(config.vocab_multiple, layout.tensor))
+        self.config, self.layout, self.seed, self.engine = config, layout, seed, engine
+        self.optimizer = adamw(3e-4, steps=1000) if optimizer is None else optimizer
+        self.mesh = layout.mesh(devices)
+        self.plan = Plan.of(config, layout, self.mesh)
+        self.abstract_state = states.abstract(self.plan, self.optimizer)
+        self._checked: set[tuple[int, int]] = set()
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Number of the model's parameters, padding of the vocabulary not counted."""
+        return count_parameters(self.config)
+
+    @cached_property
+    def batch_sharding(self) -> NamedSharding:
+        """The sharding of a batch array [batch, sequence]."""
+        return NamedSharding(self.mesh, self.plan.batch_spec())
+
+    def init(self) -> TrainState:
+        """The initial state, each device making the part that it holds and no more.
+
+        The values depend on the seed alone, not on the layout, and the parameters are those of
+        `Transformer(config, rngs=nnx.Rngs(seed))`.
+        """
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        return jax.jit(lambda: states.init(self.plan, self.optimizer, self.seed), out_shardings=shardings)()
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update. The state is donated: its arrays are gone afterwards, use those that are returned.
+
+        Args:
+            state: of `init`, `step` or `sl.restore`.
+            batch: the global batch, all microbatches together: arrays of the host, or of `place`.
+
+        Returns:
+            The new state, and scalars still on their way: `loss`, the mean over weights before the update; `tokens`, the
+            sum of weights; `grad_norm`, before any clipping.
+
+        Raises:
+            ValueError: something is wrong with the batch.
+        """
+        return self._step(state, self.place(batch))
+
+    def loss_and_grads(self, state: TrainState, batch: Batch) -> tuple[Array, Parameters]:
+        """The mean loss and its gradients with respect to `state.params`, with the step's dropout masks, without an update.
+
+        Returns:
+            A scalar, and a nested dict like `state.params` of global arrays, split as the optimizer state is (over fsdp at
+            every ZeRO level).
+        """
+        return self._loss_and_grads(state, self.place(batch))
+
+    def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
+        """Mean loss over all tokens of `batches`, without dropout; weights count as in training.
+
+        Returns:
+            `loss`, `perplexity` and `tokens`, the sum of weights.
+
+        Raises:
+            ValueError: there is no batch, or no weight in any of them.
+        """
+        sums = [self._evaluate(state.params, self.place(batch, may_be_empty=True)) for batch in batches]
+        total, weight = (math.fsum(float(x) for x in column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
+        if weight == 0:
+            raise ValueError(f"nothing to evaluate: {len(sums)} batches with a total weight of 0")
+        loss = total / weight
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": weight}
+
+    def place(self, batch: Batch, *, may_be_empty: bool = False) -> dict[str, Array]:
+        """Check a batch and put it on the devices, split as the layout says; one that `place` returned is not moved again.
+
+        Arrays from the host are checked value by value. Values of placed arrays are not: an id outside the vocabulary
+        would make the loss NaN.
+
+        Args:
+            batch: see `step`. In a run of several processes, each gives the rows that `local_rows` names.
+            may_be_empty: allow a batch whose weights are all zero.
+        """
+        shape = batches_.check_structure(batch, self.config.max_sequence)
+        placed = batches_.is_placed(batch, self.batch_sharding)
+        if shape not in self._checked:
+            rows = shape[0] if placed else self._global_rows(shape[0])
+            self.layout.check(self.config, batch_size=rows, sequence=shape[1])
+            self._checked.add(shape)
+        if placed:
+            return dict(batch)
+        host = batches_.to_host(batch)
+        batches_.check_values(host, self.config.vocab_size, self.config.max_sequence, may_be_empty=may_be_empty)
+        return batches_.place(host, self.batch_sharding)
+
+    def local_rows(self, batch_size: int) -> slice:
+        """The rows of a global batch that this process reads; all of them where there is one process."""
+        self.layout.check(self.config, batch_size=batch_size)
+        return batches_.local_rows(self.batch_sharding, batch_size)
+
+    def padded_rows(self, path: str, shape: tuple[int, ...]) -> int | None:
+        """How many rows of the parameter, or its optimizer moment, at `path` are real; None where none is padding.
+
+        Checkpoints restore by it between layouts that pad the vocabulary differently.
+        """
+        tables = ("embedding/table", "head/table")
+        return self.config.vocab_size if path.endswith(tables) and shape[:1] == (self.config.padded_vocab_size,) else None
+
+    def fit(self, batches: Any, steps: int, **options: Any) -> TrainState:
+        """Train to step `steps`; see `shardlm.train.fit.fit`, whose options these are."""
+        from shardlm.train.fit import fit
+
+        return fit(self, batches, steps, **options)
+
+    def _global_rows(self, rows: int) -> int:
+        if jax.process_count() == 1:
+            return rows
+        processes = {device.process_index for device in self.mesh.devices.flat}
+        shards = self.layout.batch_shards
+        held = batches_.local_rows(self.batch_sharding, shards)
+        return rows * shards // (held.stop - held.start) if processes else rows
+
+    @cached_property
+    def _step(self):
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        function = make_step(self.plan, self.optimizer, self.seed, self.engine)
+        return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
+
+    @cached_property
+    def _loss_and_grads(self):
+        function = engines.loss_and_grads(self.plan, self.engine)
+
+        def mean(state: TrainState, batch: dict[str, Array]) -> tuple[Array, Parameters]:
+            total, weight, grads = function(state.params, batch, dropout_key(self.seed, state.step))
+            return total / weight, grads
+
+        return jax.jit(mean, out_shardings=(None, self.plan.shardings("sharded")))
+
+    @cached_property
+    def _evaluate(self):
+        return jax.jit(engines.evaluate(self.plan, self.engine))
