@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -92,13 +92,13 @@ def restore(path: str | os.PathLike, target: Any, *, rows: Rows | None = None) -
         ValueError: what is there is no checkpoint, or of another model (one error lists every mismatch), or damaged.
     """
     path = _absolute(path)
-    rows = rows or getattr(target, "padded_rows", None) or (lambda leaf_path, shape: None)
+    padded_rows: Rows = rows or getattr(target, "padded_rows", lambda leaf_path, shape: None)
     abstract, treedef = _flatten(getattr(target, "abstract_state", target))
     if unplaced := [name for name, leaf in abstract.items() if getattr(leaf, "sharding", None) is None]:
         raise ValueError(f"the target must say where arrays go: no sharding is given for {', '.join(unplaced)}")
     record = _read_record(path)
     stored = _read_tree(path, record["files"])
-    real = _compare(path, stored, abstract, rows)
+    real = _compare(path, stored, abstract, padded_rows)
 
     # Orbax fills rows that are not stored with zeros, and drops surplus ones. A leaf that is to shrink is loaded with
     # all stored rows, rounded up to what its sharding divides, because the digest is that of them all.
@@ -222,7 +222,7 @@ class Checkpoints:
         except Exception as error:
             manager, self._manager = self._manager, None
             with contextlib.suppress(Exception):  # it may raise the same once more
-                manager.close()
+                cast(ocp.CheckpointManager, manager).close()
             raise RuntimeError(f"a save to {self.directory} failed: {_reason(error)}") from error
 
 
@@ -309,11 +309,11 @@ def _compare(path, stored: dict[str, Any], abstract: dict[str, Any], rows: Rows)
     """Raises ValueError unless `stored` fits; returns the number of real rows of each leaf to be padded anew."""
     real, problems = {}, []
     for name in sorted(stored.keys() | abstract.keys()):
-        leaf, found = abstract.get(name), stored.get(name)
-        if leaf is None or found is None:
-            which, array = ("not in the target, found", found) if leaf is None else ("missing, expected", leaf)
-            problems.append(f"{name}: {which} {array.dtype} {tuple(array.shape)}")
+        if name not in stored or name not in abstract:
+            what, array = ("missing, expected", abstract[name]) if name in abstract else ("not expected", stored[name])
+            problems.append(f"{name}: {what} {array.dtype} {tuple(array.shape)}")
             continue
+        leaf, found = abstract[name], stored[name]
         if leaf.shape != found.shape:
             only_rows = len(leaf.shape) == len(found.shape) > 0 and leaf.shape[1:] == found.shape[1:]
             num_rows = rows(name, leaf.shape) if only_rows else None

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from shardlm.train import batch as batches_
 from shardlm.train import engine as engines
 from shardlm.train import state as states
 from shardlm.train.engine import Parameters, Plan
+from shardlm.train.fit import FitOptions, fit
 from shardlm.train.optimizer import adamw
 from shardlm.train.state import TrainState
 from shardlm.train.step import Metrics, dropout_key, make_step
@@ -172,19 +174,56 @@ class Trainer:
         tables = ("embedding/table", "head/table")
         return self.config.vocab_size if path.endswith(tables) and shape[:1] == (self.config.padded_vocab_size,) else None
 
-    def fit(self, batches: Any, steps: int, **options: Any) -> TrainState:
-        """Train to step `steps`; see `shardlm.train.fit.fit`, whose options these are."""
-        from shardlm.train.fit import fit
+    def fit(
+        self,
+        batches: Any,
+        steps: int,
+        *,
+        state: TrainState | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: int = 100,
+        keep: int | None = 3,
+        log_every: int = 10,
+        held_out: Iterable[Batch] | None = None,
+        evaluate_every: int | None = None,
+        log_dir: str | Path | None = None,
+        tensorboard: bool = False,
+        verbose: bool = True,
+    ) -> TrainState:
+        """Train until `steps` updates have been made in all, those before a resumption included.
 
-        return fit(self, batches, steps, **options)
+        Args:
+            batches: batch i is for update i: an object indexed by step (`shardlm.data.Batches`, a list, a Grain dataset), or
+                an iterable, of which a resumed run drops what it has used.
+            steps: number of the last update.
+            state: where to start; default `init()`, or the newest checkpoint in `checkpoint_dir`, whatever its layout.
+            checkpoint_dir: where checkpoints are saved and found; None saves nothing.
+            checkpoint_every: updates between checkpoints; the last update is always saved.
+            keep: how many checkpoints stay; None keeps all.
+            log_every: updates between log lines; the finiteness of every update is checked there.
+            held_out: batches to evaluate on at the end, and every `evaluate_every` updates; iterated over anew each time.
+            log_dir: where metrics.jsonl goes; default `checkpoint_dir`, and nowhere without either.
+            tensorboard: write TensorBoard events there too (`pip install 'shardlm[tensorboard]'`).
+            verbose: False prints and writes nothing.
+
+        Returns:
+            The state after the last update.
+
+        Raises:
+            NonFiniteLoss: a loss or gradient was NaN or infinite; nothing of it is saved.
+            ValueError: the checkpoint is of another model; the batches end early; an option is out of range.
+        """
+        options = FitOptions(
+            checkpoint_dir, checkpoint_every, keep, log_every, held_out, evaluate_every, log_dir, tensorboard, verbose
+        )
+        return fit(self, batches, steps, state, options)
 
     def _global_rows(self, rows: int) -> int:
         if jax.process_count() == 1:
             return rows
-        processes = {device.process_index for device in self.mesh.devices.flat}
         shards = self.layout.batch_shards
         held = batches_.local_rows(self.batch_sharding, shards)
-        return rows * shards // (held.stop - held.start) if processes else rows
+        return rows * shards // (held.stop - held.start)
 
     @cached_property
     def _step(self):

@@ -1,0 +1,48 @@
+"""shardlm: write a Transformer once, lay it out over any devices, get the single device's numbers."""
+
+from shardlm import data
+from shardlm.checkpoint import restore, save
+from shardlm.layout import Axis, Layout, LayoutError
+from shardlm.models import presets
+from shardlm.models.config import (
+    MLP,
+    Attention,
+    LearnedPositions,
+    LinearScaling,
+    Llama3Scaling,
+    Norm,
+    Rope,
+    TransformerConfig,
+)
+from shardlm.models.transformer import Transformer
+from shardlm.runtime import fake_devices
+from shardlm.train.fit import NonFiniteLoss
+from shardlm.train.optimizer import adamw
+from shardlm.train.sample import sample
+from shardlm.train.state import TrainState
+from shardlm.train.trainer import Trainer
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "Axis",
+    "Layout",
+    "LayoutError",
+    "LearnedPositions",
+    "LinearScaling",
+    "Llama3Scaling",
+    "NonFiniteLoss",
+    "Norm",
+    "Rope",
+    "TrainState",
+    "Trainer",
+    "Transformer",
+    "TransformerConfig",
+    "adamw",
+    "data",
+    "fake_devices",
+    "presets",
+    "restore",
+    "sample",
+    "save",
+]

@@ -1,0 +1,71 @@
+"""Text from a model in training: samples by running the whole window again for each token.
+
+Right on any layout and simple; no cache of keys and values, so for looking at a run and not for serving.
+"""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from shardlm.train import engine
+from shardlm.train.state import TrainState
+
+if TYPE_CHECKING:
+    from shardlm.train.trainer import Trainer
+
+
+def sample(
+    trainer: "Trainer", state: TrainState, prompt: np.ndarray, *, tokens: int, window: int, temperature: float = 0.8, seed: int = 0
+) -> np.ndarray:
+    """Continue `prompt` by `tokens` ids, drawn from softmax(logits / temperature), or the likeliest at temperature 0.
+
+    Args:
+        trainer: of the manual engine or the auto one; the forward runs on its layout.
+        state: its `params` are used.
+        prompt: int[n], at least one id.
+        tokens: how many ids to add.
+        window: length of the context in tokens, which slides once it is full; a multiple of the tensor axis under sequence
+            parallelism.
+        temperature: 0 or more.
+        seed: of the draws, which are the same on every layout up to rounding of the logits.
+
+    Returns:
+        int32[tokens].
+    """
+    prompt = np.asarray(prompt, np.int32)
+    if prompt.ndim != 1 or not prompt.size:
+        raise ValueError(f"sample: the prompt has shape {prompt.shape}; it is one row of at least one token id")
+    if not 1 <= window or temperature < 0 or tokens < 1:
+        raise ValueError(f"sample: window={window}, tokens={tokens} are at least 1, temperature={temperature} at least 0")
+    trainer.layout.check(trainer.config, sequence=window)
+    forward, rows = engine.logits(trainer.plan), trainer.layout.batch_shards
+    vocabulary = trainer.config.vocab_size
+
+    def draw(params: engine.Parameters, context: Array, last: Array, key: Array) -> Array:
+        logits = forward(params, jnp.broadcast_to(context, (rows, window)))[0, last, :vocabulary]
+        if temperature == 0:
+            return logits.argmax().astype(jnp.int32)
+        return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+
+    def run(params: engine.Parameters, context: Array, length: Array) -> Array:
+        def body(carry: tuple[Array, Array], key: Array):
+            context, length = carry
+            token = draw(params, context, length - 1, key)
+            full = length == window
+            context = jnp.where(full, jnp.roll(context, -1), context)
+            at = jnp.where(full, window - 1, length)
+            return (context.at[at].set(token), jnp.minimum(length + 1, window)), token
+
+        keys = jax.random.split(jax.random.key(seed), tokens)
+        return jax.lax.scan(body, (context, length), keys)[1]
+
+    kept = prompt[-window:]
+    context = np.zeros(window, np.int32)
+    context[: kept.size] = kept
+    whole = NamedSharding(trainer.mesh, PartitionSpec())
+    result = jax.jit(run, out_shardings=whole)(state.params, context, np.int32(kept.size))
+    return np.asarray(result)
