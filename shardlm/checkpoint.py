@@ -134,8 +134,8 @@ class Checkpoints:
 
     `save` returns as soon as the arrays have left the devices, and goes on in the background; every other method waits
     for it first. A program must close() before it ends, or it loses a save still running: use `with`. After a kill at
-    any moment the last complete step is the latest; what is half-written is removed by the next run's first save. One
-    run at a time may save to a directory; any number may read.
+    any moment `latest` is complete, for a step gets its name last; what is half-written is removed by the next run's
+    first save. One run at a time may save to a directory; any number may read.
 
     Args:
         directory: created by the first save.
@@ -178,12 +178,12 @@ class Checkpoints:
             self._manager.save(step, args=args, force=True)
 
     def steps(self) -> list[int]:
-        """Returns the steps that have a complete checkpoint, ascending."""
+        """Returns the steps that have a checkpoint, ascending."""
         self.wait()
         return _steps(self.directory)
 
     def latest(self) -> int | None:
-        """Returns the last step that has a complete checkpoint; None if there is none."""
+        """Returns the last step that has a checkpoint, always a complete one; None if there is none."""
         return max(self.steps(), default=None)
 
     def restore(self, step: int, target: Any, *, rows: Rows | None = None) -> Any:

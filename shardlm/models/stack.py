@@ -8,19 +8,14 @@ import jax
 from flax import nnx
 from jax import Array
 
-REMAT = ("none", "dots", "full")
-# What brings a layer's weights to a device, and what marks them. Such values are cheap to make again and large to keep, so
-# backward always makes them again: with ZeRO-3 it gathers a second time, as arXiv:1910.02054 section 7.2.2 counts.
-_WEIGHTS = frozenset({"all_gather", "all_gather_invariant", "pvary", "pcast", "name"})
-
+from shardlm.parallel import remat
 
 @dataclass(frozen=True)
 class Execution:
     """How a call of the model is executed; it changes nothing in what is computed.
 
     Attributes:
-        remat: what a layer keeps for its backward: `"none"` everything, `"dots"` the results of its matrix products
-            (not of attention's batched ones), `"full"` its input alone.
+        remat: what a layer keeps for its backward, a name of `parallel.remat`.
         sequence_parallel: split the residual stream along its sequence over the tensor axis.
         prepare: makes one layer's parameters ready for use from (its parameters as the module holds them, its slice of
             `beside`). ZeRO gathers here.
@@ -65,19 +60,9 @@ def scan_layers(
 
     # The loop itself keeps the compiler from merging forward and recomputed work, so no barrier is needed against it.
     if execution.remat != "none" or execution.prepare is not None:
-        layer = jax.checkpoint(layer, policy=_policy(execution.remat), prevent_cse=False)
+        layer = jax.checkpoint(layer, policy=remat.policy(execution.remat), prevent_cse=False)
 
     def body(x: Array, inputs: Any) -> tuple[Array, None]:
         return layer(x, *inputs), None
 
     return jax.lax.scan(body, x, (parameters, execution.beside, per_layer))[0]
-
-
-def _policy(remat: str) -> Callable[..., bool]:
-    if remat == "none":
-        return lambda primitive, *_, **__: primitive.name not in _WEIGHTS
-    if remat == "dots":
-        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    if remat == "full":
-        return jax.checkpoint_policies.nothing_saveable
-    raise ValueError(f"remat={remat!r}; it is one of {', '.join(REMAT)}")

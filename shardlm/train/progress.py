@@ -224,7 +224,7 @@ def _clock(seconds: float) -> str:
 
 def _short(value: float) -> str:
     for letter in ("", "k", "M", "B"):
-        if abs(value) < 999.95:
+        if not 999.95 <= abs(value) < math.inf:  # NaN and infinity have no letter
             return f"{value:.1f}{letter}" if letter else f"{value:.0f}"
         value /= 1000
     return f"{value:.1f}T"

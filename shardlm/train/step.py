@@ -30,7 +30,7 @@ def make_step(
         shards = jax.lax.with_sharding_constraint(state.params, plan.shardings("sharded"))
         updates, opt_state = optimizer.update(grads, state.opt_state, shards)
         params = _as_stored(plan, optax.apply_updates(shards, updates), engine_name)
-        metrics = {"loss": total / weight, "tokens": weight, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": total / weight, "tokens": weight, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step

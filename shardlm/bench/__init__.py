@@ -1,0 +1,1 @@
+"""Measurements of the library on the machine at hand: `python -m shardlm.bench`."""

@@ -1,0 +1,51 @@
+"""Rematerialisation: what a layer keeps from its forward for its backward, by name.
+
+| name   | kept                                                                | made again in backward            |
+|--------|---------------------------------------------------------------------|-----------------------------------|
+| `none` | everything                                                          | nothing but the weights           |
+| `dots` | matrix products (not attention's batched ones), what tensor parallelism communicated | norms, activations, attention |
+| `full` | the layer's input                                                   | the layer, communication included |
+
+Whole weights are never kept: they are cheap to make again from what the device stores, and with ZeRO-3 keeping them would
+undo it. So ZeRO-3 gathers twice, as arXiv:1910.02054 section 7.2.2 counts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from shardlm.layout import Axis
+
+NAMES = ("none", "dots", "full")
+_WEIGHT_AXES = frozenset({Axis.DATA, Axis.FSDP, Axis.EXPERT})
+_MARKS = frozenset({"pcast", "pvary"})  # change the type, not the value
+_COLLECTIVES = frozenset({"all_gather", "all_gather_invariant", "psum", "psum_invariant", "reduce_scatter"})
+
+
+def policy(name: str) -> Callable[..., bool]:
+    """A policy for `jax.checkpoint`: of each operation's result, whether it is kept."""
+    if name == "none":
+        return lambda primitive, *_, **options: not _makes_weights(primitive, options)
+    if name == "dots":
+        return _keeps_products
+    if name == "full":
+        return jax.checkpoint_policies.nothing_saveable
+    raise ValueError(f"remat={name!r}; it is one of {', '.join(map(repr, NAMES))}")
+
+
+def _makes_weights(primitive: Any, options: dict[str, Any]) -> bool:
+    return primitive.name in _MARKS or (
+        primitive.name.startswith("all_gather") and not _WEIGHT_AXES.isdisjoint(_names(options))
+    )
+
+
+def _keeps_products(primitive: Any, *avals: Any, **options: Any) -> bool:
+    if primitive.name in _COLLECTIVES:
+        return not _makes_weights(primitive, options)
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **options)
+
+
+def _names(options: dict[str, Any]) -> tuple[Any, ...]:
+    names = options.get("axis_name", ())
+    return names if isinstance(names, tuple) else (names,)

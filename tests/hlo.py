@@ -1,0 +1,88 @@
+"""Reads the collectives of a compiled program: how often, of how many elements, over which mesh axes."""
+
+import itertools
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import Mesh
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+_SHAPE = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One array that one kind of collective moves over some axes.
+
+    Attributes:
+        kind: "all-reduce", ...
+        axes: the mesh axes of more than one device that its groups span, in mesh order.
+        elements: of the whole array: of what is reduced, or of what has been gathered.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    elements: int
+
+
+def collectives(text: str, mesh: Mesh) -> Counter[Collective]:
+    """How often each collective runs in one execution of compiled HLO, loops multiplied by their trip counts."""
+    bodies: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            name = match[1]
+            bodies[name] = []
+            entry = name if line.startswith("ENTRY") else entry
+        elif name:
+            bodies[name].append(line)
+    assert entry, "no entry computation in this text"
+    total: Counter[Collective] = Counter()
+    _walk(entry, 1, bodies, mesh, total)
+    return total
+
+
+def _walk(name: str, times: int, bodies: dict[str, list[str]], mesh: Mesh, total: Counter[Collective]) -> None:
+    for line in bodies[name]:
+        if " while(" in line:
+            trips = re.search(r'known_trip_count"?:\s*\{"n":\s*"(\d+)"', line)
+            assert trips, f"a loop of unknown length: {line}"
+            _walk(re.search(r"body=%?([\w.\-]+)", line)[1], times * int(trips[1]), bodies, mesh, total)
+        elif match := re.search(r" (call|conditional|fusion)\(", line):
+            for called in re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line):
+                _walk(called, times, bodies, mesh, total)
+        elif match := re.search(r"= (.*?) (" + "|".join(KINDS) + r")(-start)?\(", line):
+            kind = match[2]
+            axes = _axes(line, mesh)
+            for _, dims in _SHAPE.findall(match[1]):
+                elements = math.prod(int(d) for d in dims.split(",") if d)
+                if kind == "reduce-scatter":
+                    elements *= math.prod(mesh.shape[axis] for axis in axes)
+                total[Collective(kind, axes, elements)] += times
+
+
+def _axes(line: str, mesh: Mesh) -> tuple[str, ...]:
+    groups = {frozenset(group) for group in _groups(line)}
+    ids = np.arange(mesh.size).reshape(mesh.devices.shape)
+    names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    for count in range(len(names) + 1):
+        for axes in itertools.combinations(names, count):
+            moved = np.moveaxis(ids, [mesh.axis_names.index(a) for a in axes], range(-count, 0) if count else [])
+            size = math.prod(mesh.shape[a] for a in axes)
+            if groups == {frozenset(row) for row in moved.reshape(-1, size).tolist()}:
+                return axes
+    raise AssertionError(f"these groups follow no axes of the mesh: {line}")
+
+
+def _groups(line: str) -> list[list[int]]:
+    if match := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line):
+        return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        ids = np.arange(math.prod(map(int, match[3].split(",")))).reshape([int(d) for d in match[3].split(",")])
+        ids = ids.transpose([int(d) for d in match[4].split(",")]) if match[4] else ids
+        return ids.reshape(int(match[1]), int(match[2])).tolist()
+    raise AssertionError(f"unknown syntax of replica groups: {line}")
