@@ -85,4 +85,10 @@ def _groups(line: str) -> list[list[int]]:
         ids = np.arange(math.prod(map(int, match[3].split(",")))).reshape([int(d) for d in match[3].split(",")])
         ids = ids.transpose([int(d) for d in match[4].split(",")]) if match[4] else ids
         return ids.reshape(int(match[1]), int(match[2])).tolist()
+    if match := re.search(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\] \{((?:'\w+',?)+)\}", line):
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        grouped = re.findall(r"'(\w+)'", match[2])
+        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        ids = np.moveaxis(ids, [list(sizes).index(name) for name in grouped], range(-len(grouped), 0))
+        return ids.reshape(-1, math.prod(sizes[name] for name in grouped)).tolist()
     raise AssertionError(f"unknown syntax of replica groups: {line}")

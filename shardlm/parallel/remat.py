@@ -10,7 +10,7 @@ Whole weights are never kept: they are cheap to make again from what the device 
 undo it. So ZeRO-3 gathers twice, as arXiv:1910.02054 section 7.2.2 counts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from shardlm.layout import Axis
 NAMES = ("none", "dots", "full")
 _WEIGHT_AXES = frozenset({Axis.DATA, Axis.FSDP, Axis.EXPERT})
 _MARKS = frozenset({"pcast", "pvary"})  # change the type, not the value
-_COLLECTIVES = frozenset({"all_gather", "all_gather_invariant", "psum", "psum_invariant", "reduce_scatter"})
+_COLLECTIVES = frozenset({"all_gather", "psum", "psum_invariant", "reduce_scatter"})
 
 
 def policy(name: str) -> Callable[..., bool]:
@@ -35,17 +35,27 @@ def policy(name: str) -> Callable[..., bool]:
 
 
 def _makes_weights(primitive: Any, options: dict[str, Any]) -> bool:
-    return primitive.name in _MARKS or (
-        primitive.name.startswith("all_gather") and not _WEIGHT_AXES.isdisjoint(_names(options))
-    )
+    if primitive.name == "custom_vjp_call":  # `zero.use` is one, seen as a whole
+        return any(not _WEIGHT_AXES.isdisjoint(_axes(equation.params)) for equation in _equations(options))
+    return primitive.name in _MARKS
 
 
 def _keeps_products(primitive: Any, *avals: Any, **options: Any) -> bool:
     if primitive.name in _COLLECTIVES:
-        return not _makes_weights(primitive, options)
+        return True
+    if primitive.name == "custom_vjp_call":
+        names = {equation.primitive.name for equation in _equations(options)}
+        return not _makes_weights(primitive, options) and not names.isdisjoint(_COLLECTIVES)
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **options)
 
 
-def _names(options: dict[str, Any]) -> tuple[Any, ...]:
-    names = options.get("axis_name", ())
-    return names if isinstance(names, tuple) else (names,)
+def _equations(options: dict[str, Any]) -> Iterator[Any]:
+    for equation in options["call_jaxpr"].jaxpr.eqns:
+        yield equation
+        if equation.primitive.name == "custom_vjp_call":
+            yield from _equations(equation.params)
+
+
+def _axes(options: dict[str, Any]) -> frozenset[Any]:
+    names = options.get("axis_name", options.get("axes", ()))
+    return frozenset(names if isinstance(names, tuple | list | set | frozenset) else (names,))

@@ -178,7 +178,9 @@ ENTRY %main.2 (p: f32[4]) -> f32[4] {
         Collective("all-reduce", ("data",), 5): 7,
         Collective("reduce-scatter", ("tensor",), 32): 1,
     }
+    named = text.replace("{{0,1,2,3},{4,5,6,7}}", "mesh['a'=2,'b'=4] {'b'}")
+    assert collectives(named, mesh) == collectives(text, mesh)
     with pytest.raises(AssertionError, match="unknown syntax"):
-        collectives(text.replace("{{0,1,2,3},{4,5,6,7}}", "mesh['a'=2]"), mesh)
+        collectives(text.replace("{{0,1,2,3},{4,5,6,7}}", "@mesh[2]"), mesh)
     with pytest.raises(AssertionError, match="unknown length"):
         collectives(text.replace("known_trip_count", "other"), mesh)
