@@ -36,7 +36,12 @@ def train(options: argparse.Namespace) -> int:
     """`python -m shardlm train`: print the plan, train, evaluate, and show a sample."""
     layout = _start_devices(options.layout)
     data = sl.data.load(
-        options.data, options.tokenizer, options.sequence, options.batch_size, seed=options.seed, held_out=options.held_out
+        options.data,
+        options.tokenizer,
+        options.sequence,
+        options.batch_size,
+        seed=options.seed,
+        held_out=options.held_out,
     )
     config = _config(options, data.tokenizer.vocab_size)
     optimizer = sl.adamw(options.learning_rate, steps=options.steps)
@@ -48,10 +53,15 @@ def train(options: argparse.Namespace) -> int:
 
     say = print if jax.process_index() == 0 else _silent
     say(trainer.layout.describe(trainer.config))
-    say(f"model: {_describe(config)}, {trainer.num_parameters:,} parameters ({config.param_dtype}, computing in {config.dtype})")
+    say(
+        f"model: {_describe(config)}, {trainer.num_parameters:,} parameters ({config.param_dtype}, computing in {config.dtype})"
+    )
     say(f"data: {data}")
     epochs = options.steps / data.train.steps_per_epoch
-    say(f"run: {options.steps} steps of {options.batch_size} x {options.sequence} tokens, {epochs:.2f} epochs\n", flush=True)
+    say(
+        f"run: {options.steps} steps of {options.batch_size} x {options.sequence} tokens, {epochs:.2f} epochs\n",
+        flush=True,
+    )
 
     held_out = None
     if data.held_out is not None:
@@ -68,7 +78,9 @@ def train(options: argparse.Namespace) -> int:
         tensorboard=options.tensorboard,
     )
     if held_out and data.held_out is not None:
-        say(f"held-out loss is over {len(held_out)} of {len(data.held_out)} batches of documents that were not trained on")
+        say(
+            f"held-out loss is over {len(held_out)} of {len(data.held_out)} batches of documents that were not trained on"
+        )
     if options.sample:
         _show_sample(trainer, state, data.tokenizer, options, say)
     return 0
@@ -111,7 +123,9 @@ def _describe(config: sl.TransformerConfig) -> str:
     )
 
 
-def _show_sample(trainer: sl.Trainer, state: sl.TrainState, tokenizer: Any, options: argparse.Namespace, say: Any) -> None:
+def _show_sample(
+    trainer: sl.Trainer, state: sl.TrainState, tokenizer: Any, options: argparse.Namespace, say: Any
+) -> None:
     began = time.perf_counter()
     prompt = np.concatenate([[tokenizer.end], tokenizer.encode(options.prompt)]).astype(np.int32)
     ids = sl.sample(
@@ -124,7 +138,9 @@ def _show_sample(trainer: sl.Trainer, state: sl.TrainState, tokenizer: Any, opti
         seed=options.seed,
     )
     took = time.perf_counter() - began
-    say(f"\nsample at temperature {options.temperature:g} ({len(ids)} tokens in {took:.1f} s), after the prompt {options.prompt!r}:")
+    say(
+        f"\nsample at temperature {options.temperature:g} ({len(ids)} tokens in {took:.1f} s), after the prompt {options.prompt!r}:"
+    )
     say("-" * 80)
     say(options.prompt + tokenizer.decode(ids))
     say("-" * 80)

@@ -68,8 +68,8 @@ def _notes(layout: Any, config: Any) -> list[str]:
         return notes
     if config.num_kv_heads < layout.tensor:
         notes.append(
-            f"kv heads {config.num_kv_heads} < tensor {layout.tensor}: every device of the tensor axis stores the weights "
-            f"of all {config.num_kv_heads}, and computes with the one that its query heads share"
+            f"kv heads {config.num_kv_heads} < tensor {layout.tensor}: every device of the tensor axis stores the "
+            f"weights of all {config.num_kv_heads}, and computes with the one that its query heads share"
         )
     padded = getattr(config, "padded_vocab_size", config.vocab_size)
     if padded != config.vocab_size:

@@ -1,7 +1,7 @@
 """Logical dims to mesh axes to PartitionSpecs: one frozen table, derived from the layout and printed on request.
 
-A parameter names its dims by meaning (`("embed", "head", "head_dim")`); the table alone knows which mesh axes split them.
-Specs mention only axes of more than one device, so a layout's specs read as what it really splits.
+A parameter names its dims by meaning (`("embed", "head", "head_dim")`); the table alone knows which mesh axes split
+them. Specs mention only axes of more than one device, so a layout's specs read as what it really splits.
 """
 
 import math
@@ -81,7 +81,8 @@ class DimTable:
     def of(cls, layout: Layout, num_kv_heads: int | None = None) -> "DimTable":
         """The table of `layout`, whose sizes are resolved.
 
-        Key/value heads fewer than the tensor axis has devices are not split: every device holds them all and uses its own.
+        Key/value heads fewer than the tensor axis has devices are not split: every device holds them all and uses its
+        own.
         """
         sizes = {str(axis): n for axis, n in layout.sizes.items() if n > 1}
 
@@ -110,19 +111,24 @@ class DimTable:
         ZeRO takes the `embed` dim, or, in a parameter without one, the largest other dim that divides.
 
         Raises:
-            LayoutError: an unknown dim, as many dims as the shape has not, an axis used twice, a dim that does not divide.
+            LayoutError: an unknown dim, as many dims as the shape has not, an axis used twice, a dim that does not
+                divide.
         """
         where = f"parameter {path!r} of shape {tuple(shape)} with dims {tuple(dims)}"
         if len(dims) != len(shape):
             raise LayoutError(f"{where}: {len(shape)} dims of the array, {len(dims)} names")
         unknown = [d for d in dims if d is not None and d not in PARAMETER_DIMS]
         if unknown:
-            raise LayoutError(f"{where}: unknown dim {unknown[0]!r}; a parameter's dims are {', '.join(PARAMETER_DIMS)}, or None")
+            raise LayoutError(
+                f"{where}: unknown dim {unknown[0]!r}; a parameter's dims are {', '.join(PARAMETER_DIMS)}, or None"
+            )
         model = tuple(self.rules[d] if d else () for d in dims)
         used = [axis for axes in model for axis in axes]
         for axis in used:
             if used.count(axis) > 1:
-                raise LayoutError(f"{where}: the rules split two of its dims over the axis {axis!r}: {self._rules_of(dims)}")
+                raise LayoutError(
+                    f"{where}: the rules split two of its dims over the axis {axis!r}: {self._rules_of(dims)}"
+                )
         for n, name, axes in zip(shape, dims, model, strict=True):
             if n % self._count(axes):
                 raise LayoutError(f"{where}: {name}={n} does not divide over {self._product(axes)}")
@@ -149,7 +155,10 @@ class DimTable:
         for axis in dict.fromkeys(a for dim in PARAMETER_DIMS for a in self.rules[dim]):
             dims = [dim for dim in PARAMETER_DIMS if axis in self.rules[dim]]
             if not named.intersection(dims):
-                raise LayoutError(f"axis {axis}={self.sizes[axis]} splits the dims {dims}, and no parameter has one of them: use {axis}=1")
+                raise LayoutError(
+                    f"axis {axis}={self.sizes[axis]} splits the dims {dims}, and no parameter has one of them: "
+                    f"use {axis}=1"
+                )
         return result
 
     def activation(self, *dims: str) -> PartitionSpec:
@@ -159,10 +168,14 @@ class DimTable:
     def __str__(self) -> str:
         rows = [f"{dim:<9} -> {self._product(axes) if axes else '(whole)'}" for dim, axes in self.rules.items()]
         if self.zero_axes:
-            rows.append(f"ZeRO-{self.zero}    -> {self._product(self.zero_axes)}, on embed or the largest dim that divides")
+            rows.append(
+                f"ZeRO-{self.zero}    -> {self._product(self.zero_axes)}, on embed or the largest dim that divides"
+            )
         return "\n".join(rows)
 
-    def _zero_dim(self, shape: Sequence[int], dims: Sequence[str | None], model, zero_axes: tuple[str, ...]) -> int | None:
+    def _zero_dim(
+        self, shape: Sequence[int], dims: Sequence[str | None], model, zero_axes: tuple[str, ...]
+    ) -> int | None:
         count = self._count(zero_axes)
         if count == 1:
             return None

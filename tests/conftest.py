@@ -19,7 +19,8 @@ def pytest_configure() -> None:
     other flags hold, and a process that a test starts sees the environment that a user's process would.
 
     Compilation is most of the tests' time, and tiny programs gain nothing from optimised machine code: XLA's backend
-    level 0 halves it. XLA reads its flags once, when the first device is made, so the flag is in the environment until then.
+    level 0 halves it. XLA reads its flags once, when the first device is made, so the flag is in the environment until
+    then.
     """
     flags = os.environ.get("XLA_FLAGS")
     os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags or ''}"

@@ -404,8 +404,8 @@ def test_describe_says_what_each_axis_does_and_what_is_not_as_asked():
             "accumulate 5: gradients of 5 microbatches summed per step",
             "remat full: only each layer's input kept, the rest recomputed in the backward pass",
             "reduce_gradients step: summed over the batch axes once, after the backward pass",
-            "kv heads 2 < tensor 4: every device of the tensor axis stores the weights of all 2, and computes with the one "
-            "that its query heads share",
+            "kv heads 2 < tensor 4: every device of the tensor axis stores the weights of all 2, and computes with the "
+            "one that its query heads share",
             "vocabulary 257 padded to 384",
         ]
     )

@@ -1,10 +1,12 @@
 """What the training step is measured against: the same model and update, written by hand in plain JAX for one device.
 
-It imports nothing of the library and nothing of Flax: parameters are a nested dict, layers are stacked and scanned, and one
-`jax.jit` with the state donated runs forward, backward and the Optax update. The model is Llama's decoder (arXiv:2302.13971
-section 2.2): RMSNorm before each branch, rotary positions, grouped key/value heads, SwiGLU, a head of its own.
+It imports nothing of the library and nothing of Flax: parameters are a nested dict, layers are stacked and scanned, and
+one `jax.jit` with the state donated runs forward, backward and the Optax update. The model is Llama's decoder
+(arXiv:2302.13971 section 2.2; grouped heads: arXiv:2307.09288 section 2.2): RMSNorm before each branch, rotary positions,
+grouped key/value heads, SwiGLU, a head of its own.
 
-Shape letters: Batch, Sequence, Embed, Query heads, Kv heads, Group, head Dim, Vocabulary, Layer.
+Shape letters: Batch, Sequence, Embed, Query heads, Kv heads, Group, head Dim, Vocabulary, Layer,
+Feed-forward width.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,13 +39,16 @@ class Model:
 
 
 def make_step(model: Model, optimizer: optax.GradientTransformation) -> Callable[..., tuple[dict, Any, Array]]:
-    """A compiled function (parameters, optimizer state, batch) -> (parameters, optimizer state, loss), the first two donated.
+    """A compiled function (parameters, optimizer state, batch) -> (parameters, optimizer state, loss).
 
-    Parameters are a nested dict:
+    The first two arguments are donated. Parameters are a nested dict:
 
-        embedding/table[V, E]   final_norm/scale[E]   head/table[V, E]
-        layers/attention_norm/scale[L, E]   layers/attention/{query,key,value}/kernel[L, E, heads, D], output/kernel[L, Q, D, E]
-        layers/mlp_norm/scale[L, E]   layers/mlp/{gate,up}/kernel[L, E, F], down/kernel[L, F, E]
+        embedding/table[V, E]
+        layers/attention_norm/scale[L, E], layers/attention/query/kernel[L, E, Q, D], {key,value}/kernel[L, E, K, D],
+            output/kernel[L, Q, D, E]
+        layers/mlp_norm/scale[L, E], layers/mlp/{gate,up}/kernel[L, E, F], down/kernel[L, F, E]
+        final_norm/scale[E]
+        head/table[V, E]
 
     A batch is "tokens", "targets" int32[B, S] and "weights" float32[B, S].
     """

@@ -1,4 +1,7 @@
-"""Causal self-attention with grouped key/value heads. Shape letters: Batch, Query heads, Kv heads, Group, Sequence, head Dim."""
+"""Causal self-attention with grouped key/value heads.
+
+Shape letters: Batch, Query heads, Kv heads, Group, Sequence, head Dim.
+"""
 
 from dataclasses import dataclass
 
@@ -40,7 +43,9 @@ class Visibility:
         return visible
 
 
-def attend(q_BQSD: Array, k_BKSD: Array, v_BKSD: Array, visibility: Visibility, scale: float, soft_cap: float | None) -> Array:
+def attend(
+    q_BQSD: Array, k_BKSD: Array, v_BKSD: Array, visibility: Visibility, scale: float, soft_cap: float | None
+) -> Array:
     """softmax(scale q k^T, masked) v in plain XLA, heads ahead of the sequence; scores and softmax in at least float32.
 
     Returns:
@@ -49,7 +54,9 @@ def attend(q_BQSD: Array, k_BKSD: Array, v_BKSD: Array, visibility: Visibility, 
     b, heads, s, d = q_BQSD.shape
     groups = heads // k_BKSD.shape[1]
     q_BKGSD = q_BQSD.reshape(b, -1, groups, s, d)
-    scores = jnp.einsum("bkgqd,bksd->bkgqs", q_BKGSD, k_BKSD, preferred_element_type=jnp.promote_types(q_BQSD.dtype, jnp.float32))
+    scores = jnp.einsum(
+        "bkgqd,bksd->bkgqs", q_BKGSD, k_BKSD, preferred_element_type=jnp.promote_types(q_BQSD.dtype, jnp.float32)
+    )
     scores = scores * scale
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
@@ -79,7 +86,7 @@ def attend_cudnn(q_BQSD: Array, k_BKSD: Array, v_BKSD: Array, visibility: Visibi
 
 
 class SelfAttention(nnx.Module):
-    """y = concat_h(attend(q_h, k_h, v_h)) W_o, with rotary positions, biases, q/k norms and windows where configured."""
+    """y = concat_h(attend(q_h, k_h, v_h)) W_o, with rotary positions, biases, q/k norms and windows as configured."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         c, self.config = config, config

@@ -123,8 +123,8 @@ class TransformerConfig:
 
     Attributes:
         vocab_size: number of token ids. The table is padded to a multiple of `vocab_multiple` rows
-            (`padded_vocab_size`), which receive neither probability nor gradient, so that it splits over devices and has
-            the same shape on every layout that divides it.
+            (`padded_vocab_size`), which receive neither probability nor gradient, so that it splits over devices and
+            has the same shape on every layout that divides it.
         num_layers, d_model, num_heads: as usual.
         num_kv_heads: key/value heads, a divisor of `num_heads`; None is `num_heads` (multi-head attention).
         head_dim: None is `d_model // num_heads`; free otherwise.
@@ -173,7 +173,11 @@ class TransformerConfig:
                 f"head_dim is not given and d_model={self.d_model} does not divide by num_heads={self.num_heads}: "
                 "give head_dim, or change one of them"
             )
-        defaults = {"num_kv_heads": self.num_heads, "head_dim": self.d_model // self.num_heads, "d_ff": 4 * self.d_model}
+        defaults = {
+            "num_kv_heads": self.num_heads,
+            "head_dim": self.d_model // self.num_heads,
+            "d_ff": 4 * self.d_model,
+        }
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
@@ -228,7 +232,10 @@ class TransformerConfig:
         return config
 
 
-_PARTS = {t.__name__: t for t in (TransformerConfig, Norm, Rope, LinearScaling, Llama3Scaling, LearnedPositions, Attention, MLP)}
+_PARTS = {
+    t.__name__: t
+    for t in (TransformerConfig, Norm, Rope, LinearScaling, Llama3Scaling, LearnedPositions, Attention, MLP)
+}
 
 
 def _to_dict(part: Any) -> Any:

@@ -29,7 +29,7 @@ class PositionTable(nnx.Module):
 
 
 def look_up(table: Array, ids: Array, vocab_size: int) -> Array:
-    """Partial embeddings of `ids` (see `tensor.embed`); an id outside the vocabulary gives NaN, never a wrong vector."""
+    """Partial embeddings of `ids` (see `tensor.embed`); an id outside the vocabulary gives NaN, no wrong vector."""
     rows = tensor.embed(table, ids)
     return jnp.where(((ids >= 0) & (ids < vocab_size))[..., None], rows, jnp.nan)
 

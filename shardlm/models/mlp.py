@@ -23,7 +23,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Kernel(nnx.Module):
     """A matrix, or a tensor that acts as one, and its bias where it has one."""
 
-    def __init__(self, rngs: nnx.Rngs, dims: tuple[str, ...], shape: tuple[int, ...], std: float, dtype: str, bias: int = 0):
+    def __init__(
+        self, rngs: nnx.Rngs, dims: tuple[str, ...], shape: tuple[int, ...], std: float, dtype: str, bias: int = 0
+    ):
         self.kernel = parameter.normal(rngs, dims, shape, std, dtype)
         # The last `bias` dims are the output's.
         self.bias = parameter.constant(dims[-bias:], shape[-bias:], 0.0, dtype) if bias else None

@@ -11,7 +11,8 @@ from shardlm.models.config import Norm
 class Normalize(nnx.Module):
     """y = x / sqrt(mean(x^2) + epsilon) * w, or with the mean removed and a bias; in at least float32.
 
-    RMSNorm: arXiv:1910.07467; LayerNorm: arXiv:1607.06450. With `one_plus_scale` the factor is (1 + w), w starting at zero.
+    RMSNorm: arXiv:1910.07467; LayerNorm: arXiv:1607.06450. With `one_plus_scale` the factor is (1 + w), w starting at
+    zero.
     """
 
     def __init__(self, norm: Norm, dim: str, length: int, dtype: str):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 VECTORS = ("scale", "bias")
-"""Names of the parameters that are vectors of a layer (norm scales and biases): never decayed, never split per layer."""
+"""Names of a layer's vectors (norm scales and biases), which are neither decayed nor gathered layer by layer."""
 
 
 def normal(rngs: nnx.Rngs, dims: Sequence[str | None], shape: Sequence[int], std: float, dtype: str) -> nnx.Param:

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv:2104.09864), half-split as in the Llama family, and how its frequencies are scaled."""
+"""Rotary position embedding (arXiv:2104.09864), half-split as in the Llama family, and its scaled frequencies."""
 
 import math
 
@@ -16,7 +16,8 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     if isinstance(scaling, LinearScaling):
         return base / scaling.factor
     if isinstance(scaling, Llama3Scaling):
-        # Turns made over the original context: few turns (long waves) are scaled, many kept, with a linear ramp between.
+        # Turns made over the original context: few turns (long waves) are scaled, many kept, with a linear ramp
+        # between.
         turns = scaling.original_length * base / (2 * math.pi)
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
         keep = np.clip((turns - low) / (high - low), 0.0, 1.0)

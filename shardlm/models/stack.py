@@ -10,6 +10,7 @@ from jax import Array
 
 from shardlm.parallel import remat
 
+
 @dataclass(frozen=True)
 class Execution:
     """How a call of the model is executed; it changes nothing in what is computed.

@@ -23,15 +23,15 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); the branches' outputs normalised too where configured."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        def norm(wanted: bool = True) -> Normalize | None:
-            return Normalize(config.norm, "embed", config.d_model, config.param_dtype) if wanted else None
+        def norm() -> Normalize:
+            return Normalize(config.norm, "embed", config.d_model, config.param_dtype)
 
         self.attention_norm = norm()
         self.attention = SelfAttention(config, rngs=rngs)
-        self.attention_after_norm = norm(config.norm.after)
+        self.attention_after_norm = norm() if config.norm.after else None
         self.mlp_norm = norm()
         self.mlp = FeedForward(config, rngs=rngs)
-        self.mlp_after_norm = norm(config.norm.after)
+        self.mlp_after_norm = norm() if config.norm.after else None
 
     def __call__(
         self,
@@ -47,7 +47,9 @@ class Block(nnx.Module):
         y = self.mlp(self.mlp_norm(x))
         return x + self._branch(y, self.mlp_after_norm, dropout, layer, site=1)
 
-    def _branch(self, y: Array, norm: Normalize | None, dropout: Dropout | None, layer: Array | int, site: int) -> Array:
+    def _branch(
+        self, y: Array, norm: Normalize | None, dropout: Dropout | None, layer: Array | int, site: int
+    ) -> Array:
         y = y if norm is None else norm(y)
         return y if dropout is None else dropout(y, layer, site)
 
@@ -72,8 +74,9 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.embedding = embedding.Table(config, rngs=rngs)
-        learned = isinstance(config.positions, LearnedPositions)
-        self.positions = embedding.PositionTable(config.positions, config, rngs=rngs) if learned else None
+        positions = config.positions
+        learned = isinstance(positions, LearnedPositions)
+        self.positions = embedding.PositionTable(positions, config, rngs=rngs) if learned else None
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layer"})
@@ -96,7 +99,8 @@ class Transformer(nnx.Module):
 
         Args:
             tokens: int32[batch, sequence].
-            segments: int32[batch, sequence]; attention never crosses from one value to another. None: a row is one segment.
+            segments: int32[batch, sequence]; attention never crosses from one value to another. None: a row is one
+                segment.
             positions: int32[batch, sequence], for RoPE or the position table. None: 0, 1, 2, ...
             dropout: None, or the masks of a training step.
 
@@ -115,7 +119,7 @@ class Transformer(nnx.Module):
         dropout: Dropout | None = None,
         execution: Execution = PLAIN,
     ) -> Array:
-        """The last block's output: [batch, sequence, embed], laid out as the residual stream is. Arguments as of a call."""
+        """The last block's output: [batch, sequence, embed], as the residual stream is. Arguments as of a call."""
         c = self.config
         sequence = tokens.shape[1]
         if c.max_sequence is not None and sequence > c.max_sequence:
@@ -132,7 +136,9 @@ class Transformer(nnx.Module):
             window = (c.windows[0] if uniform else inputs["window"]) if windowed else None
             rotation = None
             if rotary:
-                rotation = rotary[0] if len(rotary) == 1 else jax.tree.map(lambda *t: jnp.where(inputs["local"], *t), *rotary)
+                rotation = (
+                    rotary[0] if len(rotary) == 1 else jax.tree.map(lambda *t: jnp.where(inputs["local"], *t), *rotary)
+                )
             return block(x, Visibility(places, segments, window), rotation, dropout, inputs["layer"])
 
         far = jnp.iinfo(jnp.int32).max
@@ -161,7 +167,9 @@ class Transformer(nnx.Module):
             x = x + self.positions.table[...][places].astype(dtype)
         if dropout is not None:
             if split:
-                dropout = Dropout(dropout.rate, dropout.key, dropout.rows, tensor.split_sequence(dropout.columns[None])[0])
+                dropout = Dropout(
+                    dropout.rate, dropout.key, dropout.rows, tensor.split_sequence(dropout.columns[None])[0]
+                )
             x = dropout(x, c.num_layers, site=2)
         return x, dropout
 
@@ -188,9 +196,9 @@ def parameter_dims(config: TransformerConfig) -> tuple[Any, dict, dict]:
     for path, variable in flat.items():
         node = dims
         for key in path[:-1]:
-            node = node.setdefault(key, {})
+            node = node.setdefault(str(key), {})
         value = variable.get_value()
-        node[path[-1]] = (tuple(value.shape), tuple(variable.get_metadata()["out_sharding"]))
+        node[str(path[-1])] = (tuple(value.shape), tuple(variable.get_metadata()["out_sharding"]))
     return graph, shapes, dims
 
 
@@ -199,4 +207,3 @@ def count_parameters(config: TransformerConfig) -> int:
     _, shapes, _ = parameter_dims(config)
     padding = (config.padded_vocab_size - config.vocab_size) * config.d_model * (1 if config.tied else 2)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) - padding
-

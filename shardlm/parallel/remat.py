@@ -1,13 +1,13 @@
 """Rematerialisation: what a layer keeps from its forward for its backward, by name.
 
-| name   | kept                                                                | made again in backward            |
-|--------|---------------------------------------------------------------------|-----------------------------------|
-| `none` | everything                                                          | nothing but the weights           |
-| `dots` | matrix products (not attention's batched ones), what tensor parallelism communicated | norms, activations, attention |
-| `full` | the layer's input                                                   | the layer, communication included |
+| name   | kept                                                            | made again in backward            |
+|--------|-----------------------------------------------------------------|-----------------------------------|
+| `none` | everything                                                      | nothing but the weights           |
+| `dots` | matrix products without a batch, results of tensor collectives  | norms, activations, attention     |
+| `full` | the layer's input                                               | the layer, communication included |
 
-Whole weights are never kept: they are cheap to make again from what the device stores, and with ZeRO-3 keeping them would
-undo it. So ZeRO-3 gathers twice, as arXiv:1910.02054 section 7.2.2 counts.
+Whole weights are never kept: they are cheap to make again from what the device stores, and with ZeRO-3 keeping them
+would undo it. So ZeRO-3 gathers twice, as arXiv:1910.02054 section 7.2.2 counts.
 """
 
 from collections.abc import Callable, Iterator

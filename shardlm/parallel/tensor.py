@@ -1,4 +1,6 @@
-"""Tensor parallelism, and sequence parallelism between blocks (arXiv:1909.08053 section 3; arXiv:2205.05198 section 4.2).
+"""Tensor parallelism, and sequence parallelism between blocks.
+
+Sources: arXiv:1909.08053 section 3, arXiv:2205.05198 section 4.2.
 
 The residual stream x[batch, sequence, embed] is the same on every device of the tensor axis, or, under sequence
 parallelism, split along its sequence. A branch (attention, MLP) works on its own heads or columns:
@@ -6,8 +8,9 @@ parallelism, split along its sequence. A branch (attention, MLP) works on its ow
     h = enter(norm(x))        no communication, or all-gather of the sequence      column-parallel products follow
     x = x + leave(y, like=x)  all-reduce,       or reduce-scatter of the sequence  after the row-parallel product
 
-`enter` is called once per branch, so q, k and v (gate and up) share one reduction of its gradient. Whether the stream is split
-is read off the stream itself: it varies over the tensor axis exactly when it is. In plain and auto mode all is identity.
+`enter` is called once per branch, so q, k and v (gate and up) share one reduction of its gradient. Whether the stream
+is split is read off the stream itself: it varies over the tensor axis exactly when it is. In plain and auto mode all
+is identity.
 
 The vocabulary is split too: rows of the embedding table, and so columns of the logits. Shapes here are per device.
 """
@@ -29,7 +32,7 @@ def is_split(x: Array) -> bool:
 
 
 def enter(x: Array) -> Array:
-    """The residual stream as every device of the tensor axis needs it, whole: x[b, s_T, e] or x[b, s, e] -> x[b, s, e]."""
+    """The residual stream, whole on every device of the tensor axis: x[b, s_T, e] or x[b, s, e] -> x[b, s, e]."""
     return collectives.all_gather(x, Axis.TENSOR, SEQUENCE) if is_split(x) else collectives.vary(x, Axis.TENSOR)
 
 
@@ -92,8 +95,8 @@ def vocabulary_ids(held: int) -> Array:
 def cross_entropy(logits: Array, targets: Array) -> Array:
     """Negative log-likelihood of `targets` under logits whose vocabulary is split, without gathering them.
 
-    nll = log(sum_v exp(z_v - m)) - (z_target - m) with m = max_v z_v: three all-reduces of [b, s], of which the maximum's
-    carries no gradient (arXiv:1909.08053 section 3).
+    nll = log(sum_v exp(z_v - m)) - (z_target - m) with m = max_v z_v: three all-reduces of [b, s], of which the
+    maximum's carries no gradient (arXiv:1909.08053 section 3).
 
     Args:
         logits: float32[b, s, v_T]; minus infinity where the vocabulary is padding.
@@ -113,5 +116,5 @@ def cross_entropy(logits: Array, targets: Array) -> Array:
 
 
 def in_branch(dims: Sequence[str | None]) -> bool:
-    """Whether a parameter with these dims is used between `enter` and `leave`, where every device computes something else."""
+    """Whether a parameter with these dims is used between `enter` and `leave`, where devices differ."""
     return any(dim in ("vocab", "head", "kv_head", "head_dim", "mlp") for dim in dims)

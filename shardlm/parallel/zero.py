@@ -1,19 +1,21 @@
 """Data parallelism and ZeRO (arXiv:1910.02054): where parameters are gathered, and where their gradients are summed.
 
-Between steps a parameter is stored whole or, at level 3, split along one dim over the ZeRO axes. A device computes with the
-whole (of its tensor shard) and finds a gradient of its own rows of the batch, G[I]{U_data, U_zero}. What every level needs
-in the end is the gradient that belongs to its part of the optimizer state:
+Between steps a parameter is stored whole or, at level 3, split along one dim over the ZeRO axes. A device computes
+with the whole (of its tensor shard) and finds a gradient of its own rows of the batch, G[I]{U_data, U_zero}. What
+every level needs in the end is the gradient that belongs to its part of the optimizer state:
 
     reduce-scatter over the ZeRO axes, then all-reduce of the shard over the rest:    G[I]{U} -> G[I_zero]
 
 (in this order the all-reduce moves 1/n of the bytes). A parameter's `Plan` says where that happens:
 
-- `per_layer`: inside the backward scan, as the transpose of the gather, layer by layer. Autodiff sees one function whose forward
-  is "the whole weight" and whose backward is the reduction above. At levels 1 and 2 the whole weight is there already, so the
-  function takes it beside a placeholder of the shard's shape, which exists only to receive the gradient.
+- `per_layer`: inside the backward scan, as the transpose of the gather, layer by layer. Autodiff sees one function
+  whose forward is "the whole weight" and whose backward is the reduction above. At levels 1 and 2 the whole weight is
+  there already, so the function takes it beside a placeholder of the shard's shape, which exists only to receive the
+  gradient.
 - otherwise once per step, after accumulation: small vectors, tables, and all weights when asked to sum once.
 
-All functions here run inside a fully manual `shard_map`; shapes are per device. Parameters and gradients go by their path.
+All functions here run inside a fully manual `shard_map`; shapes are per device. Parameters and gradients go by their
+path.
 """
 
 from collections.abc import Mapping
@@ -55,7 +57,7 @@ class Plan:
 
     @property
     def has_placeholder(self) -> bool:
-        """Whether autodiff needs a placeholder for the shard: the stored parameter is whole and its gradient is split."""
+        """Whether autodiff needs a placeholder for the shard: the parameter is stored whole, its gradient split."""
         return self.per_layer and bool(self.split.zero_axes) and not self.split.stored_sharded
 
 
@@ -107,7 +109,7 @@ def use(shard: Array, whole: Array | None, plan: Plan) -> Array:
 
 
 def finish(gradient: Array, plan: Plan) -> Array:
-    """The gradient with respect to `begin`'s result, accumulated over the step, to the gradient of the parameter's shard."""
+    """From the step's gradient with respect to `begin`'s result, the gradient of the parameter's shard."""
     if plan.per_layer:
         return collectives.all_reduce(gradient, _axes(plan.late))
     return _reduce(gradient, plan, plan.split.zero_dim, plan.summed)

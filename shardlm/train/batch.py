@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
@@ -17,36 +18,41 @@ def check_structure(batch: Mapping[str, Any], max_sequence: int | None = None) -
     """Check the batch's keys, shapes and dtypes, which costs nothing, and return (rows, sequence).
 
     Raises:
+        TypeError: it is no dict.
         ValueError: one error that lists everything that is wrong.
     """
     problems, legal = [], REQUIRED + OPTIONAL
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch: a {type(batch).__name__}; it is a dict of arrays, {', '.join(legal)}")
     for name in batch:
         if name not in legal:
             near = difflib.get_close_matches(str(name), legal, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             problems.append(f"unknown key {name!r}{hint} (legal: {', '.join(legal)})")
     problems += [f"the key {name!r} is missing" for name in REQUIRED if name not in batch]
-    shape = np.shape(batch["tokens"]) if "tokens" in batch else None
+    shape = getattr(batch.get("tokens"), "shape", None)
     for name in (name for name in legal if name in batch):
         value = batch[name]
-        if np.ndim(value) != 2:
-            problems.append(f"{name} has shape {np.shape(value)}; it is [batch, sequence]")
-        elif shape is not None and np.shape(value) != shape:
-            problems.append(f"{name} has shape {np.shape(value)}, tokens {shape}")
-        kind = np.dtype(getattr(value, "dtype", type(value))).kind if hasattr(value, "dtype") else "?"
-        if kind not in ("iu" if name != "weights" else "fiub"):
-            problems.append(
-                f"{name} has dtype {getattr(value, 'dtype', type(value).__name__)}; "
-                f"it is {'a float' if name == 'weights' else 'an integer'} array"
-            )
+        if not isinstance(value, np.ndarray | Array):
+            problems.append(f"{name} is a {type(value).__name__}; it is an array of NumPy or JAX")
+            continue
+        if value.ndim != 2 or not value.size:
+            problems.append(f"{name} has shape {value.shape}; it is [batch, sequence], with something in it")
+        elif value.shape != shape and shape is not None:
+            problems.append(f"{name} has shape {value.shape}, tokens {shape}")
+        kinds = (jnp.floating, jnp.integer, jnp.bool_) if name == "weights" else (jnp.integer,)
+        if not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+            expected = "a float" if name == "weights" else "an integer"
+            problems.append(f"{name} has dtype {value.dtype}; it is {expected} array")
     if shape is not None and len(shape) == 2 and max_sequence is not None and shape[1] > max_sequence:
         problems.append(f"a sequence of {shape[1]} tokens; the model has {max_sequence} learned positions")
     _raise(problems)
-    assert shape is not None
-    return shape[0], shape[1]
+    return batch["tokens"].shape
 
 
-def check_values(batch: Mapping[str, np.ndarray], vocab_size: int, max_sequence: int | None, *, may_be_empty: bool) -> None:
+def check_values(
+    batch: Mapping[str, np.ndarray], vocab_size: int, max_sequence: int | None, *, may_be_empty: bool
+) -> None:
     """Check what is in the arrays; called for batches that come from the host.
 
     Args:
@@ -77,27 +83,35 @@ def check_values(batch: Mapping[str, np.ndarray], vocab_size: int, max_sequence:
             problems.append("all weights are zero: the loss, a mean over weights, has no value")
     positions = batch.get("positions")
     if positions is not None and max_sequence is not None and (positions.min() < 0 or positions.max() >= max_sequence):
-        problems.append(f"positions go from {positions.min()} to {positions.max()}; the model has 0 to {max_sequence - 1}")
+        problems.append(
+            f"positions go from {positions.min()} to {positions.max()}; the model has 0 to {max_sequence - 1}"
+        )
     _raise(problems)
 
 
 def is_placed(batch: Mapping[str, Any], sharding: NamedSharding) -> bool:
-    """Whether every array is on the devices already, split as the layout splits a batch, with its weights."""
-    return "weights" in batch and all(isinstance(x, Array) and x.sharding == sharding for x in batch.values())
+    """Whether `place` made every array of it, or could have: on the devices, split as a batch is, weights included."""
+    return "weights" in batch and all(
+        isinstance(x, Array) and x.sharding == sharding and x.dtype == _dtype(name) for name, x in batch.items()
+    )
 
 
 def to_host(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The batch as NumPy arrays of the dtypes used (int32, float32), weights filled in with ones."""
+    """A copy of the batch as NumPy arrays of the dtypes used (int32, float32), weights filled in with ones.
+
+    A copy, because JAX may read the host's memory after it was told to move it: a source that fills the same buffers
+    again and again would otherwise change a batch whose step has yet to run.
+    """
     host = {name: np.asarray(value) for name, value in batch.items()}
     for name, value in host.items():
         if name != "weights" and value.size and (value.min() < -(2**31) or value.max() >= 2**31):
             raise ValueError(f"batch: {name} holds numbers beyond int32")
-    host = {name: value.astype(np.float32 if name == "weights" else np.int32, copy=False) for name, value in host.items()}
+    host = {name: value.astype(_dtype(name)) for name, value in host.items()}
     return host if "weights" in host else host | {"weights": np.ones(host["tokens"].shape, np.float32)}
 
 
 def place(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, Array]:
-    """The batch as global arrays [batch, sequence]; with several processes, each gives the rows that its devices hold."""
+    """The batch as global arrays [batch, sequence]; each of several processes gives the rows that its devices hold."""
     if jax.process_count() == 1:
         return dict(zip(batch, jax.device_put(list(batch.values()), sharding), strict=True))
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
@@ -117,8 +131,10 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> slice:
     return slice(spans[0][0], spans[-1][1])
 
 
+def _dtype(name: str) -> type[np.number]:
+    return np.float32 if name == "weights" else np.int32
+
+
 def _raise(problems: list[str]) -> None:
     if problems:
         raise ValueError("batch: " + "; ".join(problems))
-
-

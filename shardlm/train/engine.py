@@ -3,7 +3,8 @@
 Both give functions of (parameters, batch, dropout key) on global arrays, to be called under `jax.jit`:
 
 - manual: one `jax.shard_map` over the whole mesh; the program communicates exactly where `collectives` is called.
-- auto: plain JAX, partitioned by XLA from the parameters' shardings. It shares no communication with manual, which makes
+- auto: plain JAX, partitioned by XLA from the parameters' shardings. It shares no communication with manual, which
+makes
   it an independent check.
 """
 
@@ -98,13 +99,19 @@ def merge(graph: Any, parameters: Parameters) -> Transformer:
     return nnx.merge(graph, nnx.State(parameters))
 
 
-def loss_and_grads(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, Array], Array], tuple[Array, Array, Parameters]]:
-    """A function (parameters, batch, dropout key) -> (sum of losses, sum of weights, gradients of the mean), global arrays."""
+def loss_and_grads(
+    plan: Plan, engine: str
+) -> Callable[[Parameters, dict[str, Array], Array], tuple[Array, Array, Parameters]]:
+    """A function (parameters, batch, dropout key) -> (sum of losses, sum of weights, gradients of the mean)."""
     local = _manual_step if engine == "manual" else _auto_step
 
     def function(parameters: Parameters, batch: dict[str, Array], key: Array):
         total, weight, grads = local(plan, flatten(parameters), _with_places(_widen(plan.config, batch)), key)
-        return total, weight, unflatten(jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, flatten(parameters)))
+        return (
+            total,
+            weight,
+            unflatten(jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, flatten(parameters))),
+        )
 
     return function
 
@@ -147,7 +154,7 @@ def logits(plan: Plan) -> Callable[[Parameters, Array], Array]:
 
 
 def gather_updated(plan: Plan, shards: Parameters) -> Parameters:
-    """Updated parameters as they are stored, from updated shards: ZeRO-1 and 2 gather them, in a `shard_map` of their own."""
+    """Updated parameters as they are stored, from updated shards: ZeRO-1 and 2 gather them."""
     flat = flatten(shards)
     moved = {path: x for path, x in flat.items() if plan.splits[path].stored != plan.splits[path].sharded}
     if not moved:
@@ -213,7 +220,11 @@ def _manual_step(plan: Plan, parameters: dict[str, Array], batch: dict[str, Arra
         begun, execution = _prepare(plan, plans, stored)
         total, grads = _accumulate(plan, begun, batch, key, execution)
         grads = {path: zero.finish(g, plans[path]) for path, g in grads.items()}
-        return collectives.all_reduce(total, _BATCH_AXES), collectives.all_reduce(batch["weights"].sum(), _BATCH_AXES), grads
+        return (
+            collectives.all_reduce(total, _BATCH_AXES),
+            collectives.all_reduce(batch["weights"].sum(), _BATCH_AXES),
+            grads,
+        )
 
     out_specs = (PartitionSpec(), PartitionSpec(), {path: split.sharded for path, split in plan.splits.items()})
     return _manual(plan, local, batch, out_specs, PartitionSpec())(parameters, batch, key)

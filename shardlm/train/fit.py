@@ -4,15 +4,18 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from shardlm.checkpoint import Checkpoints
-from shardlm.models.config import TransformerConfig
+from shardlm.train import resume
+from shardlm.train.interrupt import uninterrupted
 from shardlm.train.metrics import model_flops_per_token, peak_flops
 from shardlm.train.progress import Progress
 from shardlm.train.state import TrainState
@@ -21,10 +24,11 @@ if TYPE_CHECKING:
     from shardlm.train.trainer import Trainer
 
 _IN_FLIGHT = 2  # steps dispatched ahead of the one that runs: enough to hide Python, few enough to stop soon
+_END: Any = object()
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss or the gradient of a step was NaN or infinite; training has stopped before saving anything of it."""
+    """A step gave NaN or infinity: loss, gradient or new parameters. Training has stopped, and saved none of it."""
 
 
 @dataclass
@@ -45,139 +49,152 @@ class FitOptions:
         problems = [
             f"{name}={value!r}; it is a positive integer"
             for name in ("checkpoint_every", "log_every", "evaluate_every")
-            if (value := getattr(self, name)) is not None and (not isinstance(value, int) or value < 1)
+            if (value := getattr(self, name)) is not None and not _positive(value)
         ]
-        if self.evaluate_every is not None and self.held_out is None:
+        held_out = self.held_out
+        if self.evaluate_every is not None and held_out is None:
             problems.append("evaluate_every needs held_out, the batches to evaluate on")
+        if isinstance(held_out, Mapping):
+            problems.append("held_out is one batch: give a list of batches")
+        elif isinstance(held_out, Iterator) and self.evaluate_every is not None:
+            problems.append("held_out can be read once only, and evaluate_every reads it again: give a list")
+        elif hasattr(held_out, "iterate"):
+            problems.append(f"held_out is a {type(held_out).__name__}, which has no end: give a list, or data.held_out")
+        elif hasattr(held_out, "__len__") and not len(held_out):  # pyright: ignore[reportArgumentType]
+            problems.append("held_out is empty: give at least one batch, or None")
         if problems:
             raise ValueError("fit: " + "; ".join(problems))
 
 
 def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, options: FitOptions) -> TrainState:
     """`Trainer.fit`."""
-    if steps < 1:
-        raise ValueError(f"fit: steps={steps}; it is the number of updates of the whole run, at least 1")
+    if not _positive(steps):
+        raise ValueError(f"fit: steps={steps!r}; it is the number of updates of the whole run, at least 1")
+    if isinstance(batches, Mapping):
+        raise ValueError(
+            "fit: batches is one batch: give a list of batches, or itertools.repeat(batch) to train on it alone"
+        )
     directory = options.checkpoint_dir
-    checkpoints = Checkpoints(directory, keep=options.keep) if directory is not None else None
-    resumed = None
-    if checkpoints is not None and (latest := checkpoints.latest()) is not None:
+    checkpoints = None if directory is None else Checkpoints(directory, keep=options.keep)
+    latest, resumed = None if checkpoints is None else checkpoints.latest(), []
+    if checkpoints is not None and latest is not None:
         if state is not None:
             raise ValueError(
-                f"fit: a state was given, and {directory} holds step {latest}: give one of them (no state, to resume; or "
-                "another checkpoint_dir)"
+                f"fit: a state was given, and {directory} holds step {latest}: give no state, to resume from there, or "
+                "another checkpoint_dir"
             )
-        resumed = check_resumable(trainer, checkpoints.metadata(latest), f"{directory}, step {latest}")
+        resumed = resume.changes(trainer, checkpoints.metadata(latest), f"{directory}, step {latest}")
         state = checkpoints.restore(latest, trainer)
     state = trainer.init() if state is None else state
     start = int(state.step)
-    main = jax.process_index() == 0
     with Progress(
         total=steps,
         start=start,
         log_every=options.log_every,
         directory=options.log_dir or directory,
         tensorboard=options.tensorboard,
-        enabled=main and options.verbose,
+        enabled=jax.process_index() == 0 and options.verbose,
     ) as progress:
-        for line in resumed or ():
+        for line in resumed:
             progress.message(line)
         if start >= steps:
             progress.message(f"nothing to do: the run is at step {start} of {steps}")
+            if options.held_out is not None:
+                progress.message(f"held_out_loss {trainer.evaluate(state, options.held_out)['loss']:.4f}")
             return state
-        loop = _Loop(trainer, progress, checkpoints, options, steps)
         try:
-            return loop.run(state, batches, start)
+            return _Loop(trainer, progress, checkpoints, options, steps, state, start, latest).run(batches)
         finally:
             if checkpoints is not None:
                 checkpoints.close()
 
 
-def check_resumable(trainer: "Trainer", metadata: Mapping[str, Any], where: str) -> list[str]:
-    """Lines that say what resuming from a checkpoint with `metadata` changes.
-
-    Raises:
-        ValueError: the checkpoint is of a model that computes something else, listing each difference.
-    """
-    saved = TransformerConfig.from_dict(metadata["config"]).to_dict()
-    now = trainer.config.to_dict()
-    free = {"dtype", "vocab_multiple"}  # how it is computed and padded, not what it is
-    different = [f"{key}: {saved[key]!r} there, {now[key]!r} here" for key in now if key not in free and saved[key] != now[key]]
-    if different:
-        raise ValueError(f"the checkpoint of {where} is of another model: " + "; ".join(different))
-    lines = [f"resumed from {where}"]
-    changes = [("layout", metadata["layout"], str(trainer.layout)), ("dtype", saved["dtype"], now["dtype"])]
-    changes.append(("seed", metadata["seed"], trainer.seed))
-    lines += [f"  {what} was {before}, is now {after}" for what, before, after in changes if before != after]
-    return lines
-
-
+@dataclass
 class _Loop:
-    """One call of `fit`: the state's way from step to step."""
+    """One call of `fit`: the state's way from step to step.
 
-    def __init__(self, trainer: "Trainer", progress: Progress, checkpoints: Checkpoints | None, options: FitOptions, steps: int):
-        self.trainer, self.progress, self.checkpoints, self.options, self.steps = trainer, progress, checkpoints, options, steps
-        self.pending: deque[tuple[int, dict[str, jax.Array]]] = deque()
-        self.tokens, self.since, self.timed = 0.0, time.perf_counter(), 0
-        self.saved: int | None = checkpoints.latest() if checkpoints is not None else None
+    Attributes:
+        done: the last step made.
+        saved: the last one with a checkpoint.
+        pending: metrics of steps that were not checked yet.
+        since: when the time of the last `timed` steps began.
+    """
 
-    def run(self, state: TrainState, batches: Any, start: int) -> TrainState:
-        options, step = self.options, start
-        stream = iterate(batches, start)
+    trainer: "Trainer"
+    progress: Progress
+    checkpoints: Checkpoints | None
+    options: FitOptions
+    steps: int
+    state: TrainState
+    done: int
+    saved: int | None
+    pending: deque[tuple[int, dict[str, jax.Array]]] = field(default_factory=deque)
+    since: float = 0.0
+    timed: int = 0
+
+    def run(self, batches: Any) -> TrainState:
+        """Make the steps that are missing."""
+        options, start = self.options, self.done
+        stream = resume.iterate(batches, start)
         try:
             for step in range(start + 1, self.steps + 1):
-                batch = next(stream, None)
-                if batch is None:
-                    raise ValueError(f"the batches ended after {step - 1} steps of {self.steps}: give more, or fewer steps")
-                began = time.perf_counter()
-                state, metrics = self.trainer.step(state, batch)
-                if step == start + 1:
-                    self._first_step(began, metrics, batch)
-                self.pending.append((step, metrics))
-                if len(self.pending) > _IN_FLIGHT:
-                    jax.block_until_ready(self.pending[-1 - _IN_FLIGHT][1]["loss"])
+                batch = next(stream, _END)
+                if batch is _END:
+                    raise ValueError(
+                        f"the batches ended after {step - 1} steps of {self.steps}: give more, or fewer steps"
+                    )
+                self._step(step, batch, first=step == start + 1)
                 self.progress.advance(step)
                 last = step == self.steps
-                if step % options.log_every == 0 or last:
+                if self.progress.due(step):
                     self._log(step, batch)
-                if options.held_out is not None and (last or (options.evaluate_every and step % options.evaluate_every == 0)):
-                    self._evaluate(step, state)
-                if self.checkpoints is not None and (step % options.checkpoint_every == 0 or last):
-                    self._save(step, state)
-        except KeyboardInterrupt:
-            done = int(state.step)
-            if self.checkpoints is not None and done > (self.saved or 0):
-                self._save(done, state)
-                self.progress.message(f"interrupted: step {done} is saved in {options.checkpoint_dir}")
+                if options.held_out is not None and (last or _due(step, options.evaluate_every)):
+                    self._evaluate(step)
+                if last or _due(step, options.checkpoint_every):
+                    self._save(step)
+        except BaseException as error:
+            self._rescue(error, start)
             raise
         finally:
             close = getattr(stream, "close", None)
             if close is not None:
                 close()
-        return state
+        return self.state
 
-    def _first_step(self, began: float, metrics: dict[str, jax.Array], batch: Mapping[str, Any]) -> None:
-        jax.block_until_ready(metrics)
-        self.progress.message(f"first step after {time.perf_counter() - began:.1f} s, compilation included")
-        self.since, self.timed = time.perf_counter(), -1  # the first step is not counted among those timed
+    def _step(self, step: int, batch: Any, first: bool) -> None:
+        began = time.perf_counter()
+        try:
+            with uninterrupted():
+                self.state, metrics = self.trainer.step(self.state, batch)
+                self.done = step
+        except (TypeError, ValueError) as error:
+            error.add_note(f"This is the batch of step {step}.")
+            raise
+        if first:
+            jax.block_until_ready(metrics)
+            self.progress.message(f"first step after {time.perf_counter() - began:.1f} s, compilation included")
+            self.since, self.timed = time.perf_counter(), -1  # the first step is not counted among those timed
+        self.pending.append((step, metrics))
+        self._collect(ahead=_IN_FLIGHT)
 
-    def _collect(self) -> dict[str, float]:
-        """The last step's metrics as floats, after checking those of every step since the last call."""
+    def _collect(self, ahead: int = 0) -> dict[str, float]:
+        """Check the metrics of all steps but the last `ahead`, once each; returns those of the last one checked."""
         values: dict[str, float] = {}
-        while self.pending:
+        while len(self.pending) > ahead:
             step, metrics = self.pending.popleft()
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            self.tokens += values["tokens"]
             self.timed += 1
-            bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
-            if bad:
-                last = "there is no checkpoint" if self.saved is None else (
-                    f"the last good checkpoint is step {self.saved} in {self.options.checkpoint_dir}"
-                )
-                raise NonFiniteLoss(
-                    f"step {step}: {bad[0]} is {values[bad[0]]}; stopped, and {last}. Common causes: a learning rate that is too "
-                    "high, token ids outside the vocabulary in batches placed beforehand, float16 without loss scaling"
-                )
+            if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]:
+                raise self._stop(step, f"{bad[0]} is {values[bad[0]]}")
         return values
+
+    def _stop(self, step: int, what: str) -> NonFiniteLoss:
+        where = f"the last good checkpoint is step {self.saved} in {self.options.checkpoint_dir}"
+        return NonFiniteLoss(
+            f"step {step}: {what}; stopped, and {'there is no checkpoint' if self.saved is None else where}. Common "
+            "causes: a learning rate that is too high, token ids outside the vocabulary in batches placed beforehand, "
+            "float16 without loss scaling"
+        )
 
     def _log(self, step: int, batch: Mapping[str, Any]) -> None:
         values = self._collect()
@@ -192,58 +209,74 @@ class _Loop:
                 flops = model_flops_per_token(self.trainer.config, batch["tokens"].shape[1]) * positions
                 values["utilisation"] = flops / step_time / (peak * self.trainer.mesh.size)
         self.progress.log(step, values)
-        self._restart_clock()
+        self.since, self.timed = time.perf_counter(), 0
 
     def _processes(self) -> int:
         held = self.trainer.local_rows(self.trainer.layout.batch_shards * self.trainer.layout.accumulate)
         return self.trainer.layout.batch_shards * self.trainer.layout.accumulate // (held.stop - held.start)
 
-    def _evaluate(self, step: int, state: TrainState) -> None:
+    def _evaluate(self, step: int) -> None:
         assert self.options.held_out is not None
-        result = self.trainer.evaluate(state, self.options.held_out)
-        self.progress.log(step, {"held_out_loss": result["loss"], "held_out_perplexity": result["perplexity"]})
-        self._restart_clock()
+        with self._untimed():
+            result = self.trainer.evaluate(self.state, self.options.held_out)
+            self.progress.log(step, {"held_out_loss": result["loss"], "held_out_perplexity": result["perplexity"]})
 
-    def _save(self, step: int, state: TrainState) -> None:
-        assert self.checkpoints is not None
-        self._collect()  # nothing that is not finite is ever saved
-        if step == self.saved:
+    def _save(self, step: int) -> None:
+        """Save the state after `step`, unless that is done or nowhere to be done; what is not finite is never saved."""
+        if self.checkpoints is None or step == self.saved:
             return
-        metadata = {
-            "config": self.trainer.config.to_dict(),
-            "layout": str(self.trainer.layout),
-            "seed": self.trainer.seed,
-            "next_batch": step,
-            "versions": {name: version(name) for name in ("shardlm", "jax", "flax", "optax", "orbax-checkpoint")},
-        }
-        self.checkpoints.save(step, state, metadata)
-        self.saved = step
-        self._restart_clock()
+        with self._untimed(), uninterrupted():
+            if wrong := _non_finite(self.state):
+                raise self._stop(step, f"{', '.join(wrong[:5])} not finite after the update")
+            self.checkpoints.save(step, self.state, resume.metadata(self.trainer, step))
+            self.saved = step
 
-    def _restart_clock(self) -> None:
-        self.since, self.timed, self.tokens = time.perf_counter(), 0, 0.0
+    def _rescue(self, error: BaseException, start: int) -> None:
+        """Save the state that an error or Ctrl-C leaves behind, where there is one and it is good."""
+        if self.checkpoints is None or self.done == start or isinstance(error, NonFiniteLoss):
+            return
+        # Saving takes all processes, at the same step; and a step that failed half-way has used up its state.
+        if jax.process_count() > 1 or self.state.step.is_deleted():
+            return
+        try:
+            self._save(self.done)
+            self.checkpoints.wait()
+        except Exception as second:
+            self.progress.message(f"stopped; step {self.done} is not saved: {second}")
+        else:
+            self.progress.message(f"stopped: step {self.done} is saved in {self.options.checkpoint_dir}")
 
-
-def iterate(batches: Any, start: int) -> Iterator[Mapping[str, Any]]:
-    """The batches from step `start` on, so that a resumed run continues with the very next one.
-
-    Args:
-        batches: something with `iterate(start)` (as `shardlm.data.Batches`), something indexed by step, or an iterable,
-            whose first `start` items are then taken and dropped.
-        start: updates made so far.
-    """
-    if hasattr(batches, "iterate"):
-        return iter(batches.iterate(start))
-    if hasattr(batches, "__getitem__"):
-        return _indexed(batches, start)
-    stream = iter(batches)
-    for _ in range(start):
-        next(stream, None)
-    return stream
+    @contextmanager
+    def _untimed(self) -> Iterator[None]:
+        """Leaves the block's time out of the time per step."""
+        self._collect()
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
 
 
-def _indexed(batches: Any, start: int) -> Iterator[Mapping[str, Any]]:
-    step = start
-    while not hasattr(batches, "__len__") or step < len(batches):
-        yield batches[step]
-        step += 1
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _non_finite(state: TrainState) -> list[str]:
+    """Paths of parameters that are not all finite, and of optimizer state with NaN: infinity may be meant there."""
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
+    good = jax.device_get(_are_good(leaves))
+    return [path for path in leaves if not good[path]]
+
+
+@jax.jit
+def _are_good(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {
+        path: jnp.isfinite(leaf).all() if path.startswith("params/") else ~jnp.isnan(leaf).any()
+        for path, leaf in leaves.items()
+    }
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0

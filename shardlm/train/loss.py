@@ -18,13 +18,14 @@ def loss_sum(
 
     Args:
         model: a Transformer, with whole parameters or, inside `shard_map`, a device's own.
-        batch: "tokens", "targets" int32[batch, sequence]; "weights" float32[batch, sequence]; perhaps "segments", "positions".
+        batch: "tokens", "targets" int32[batch, sequence]; "weights" float32[batch, sequence]; perhaps "segments",
+            "positions".
         dropout: the masks of a training step, or None.
         execution: how to run the layers.
 
     Returns:
-        A scalar, float32 or wider. The loss of a batch is the sum of these over whatever it was split into, divided by the sum
-        of all weights. NaN if a token or a target is outside the vocabulary.
+        A scalar, float32 or wider. The loss of a batch is the sum of these over whatever it was split into, divided by
+        the sum of all weights. NaN if a token or a target is outside the vocabulary.
     """
     hidden = model.hidden(
         batch["tokens"],

@@ -5,8 +5,8 @@ from typing import Any
 from shardlm.models.config import LearnedPositions, TransformerConfig
 from shardlm.models.transformer import count_parameters
 
-# Dense bfloat16 FLOP/s of one device, by the start of JAX's `device_kind`; from the makers' data sheets: NVIDIA A100, H100
-# SXM, H200 and B200 (without sparsity), and Google Cloud's pages of TPU v4, v5e, v5p and v6e.
+# Dense bfloat16 FLOP/s of one device, by the start of JAX's `device_kind`; from the makers' data sheets: NVIDIA A100,
+# H100 SXM, H200 and B200 (without sparsity), and Google Cloud's pages of TPU v4, v5e, v5p and v6e.
 PEAK_BF16 = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989.4e12,
@@ -25,8 +25,8 @@ PEAK_BF16 = {
 def model_flops_per_token(config: TransformerConfig, sequence: int) -> float:
     """FLOPs of one training token, forward and backward, recomputation not counted: 6 N + 12 L H D S.
 
-    N are the parameters that multiply (not the embedding's lookup nor learned positions), L layers, H heads, D head_dim, S
-    the sequence, full though attention is causal: the convention of arXiv:2204.02311, appendix B.
+    N are the parameters that multiply (not the embedding's lookup nor learned positions), L layers, H heads, D
+    head_dim, S the sequence, full though attention is causal: the convention of arXiv:2204.02311, appendix B.
     """
     multiplied = count_parameters(config)
     if not config.tied:

@@ -22,7 +22,7 @@ def adamw(
     weight_decay: float = 0.1,
     clip: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) after clipping by the global norm, its rate warmed up linearly and then decayed by a cosine.
+    """AdamW (arXiv:1711.05101) after clipping by the global norm, its rate warmed up, then decayed by a cosine.
 
     Args:
         learning_rate: the peak.

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 
 def sample(
-    trainer: "Trainer", state: TrainState, prompt: np.ndarray, *, tokens: int, window: int, temperature: float = 0.8, seed: int = 0
+    trainer: "Trainer",
+    state: TrainState,
+    prompt: np.ndarray,
+    *,
+    tokens: int,
+    window: int,
+    temperature: float = 0.8,
+    seed: int = 0,
 ) -> np.ndarray:
     """Continue `prompt` by `tokens` ids, drawn from softmax(logits / temperature), or the likeliest at temperature 0.
 
@@ -28,22 +35,31 @@ def sample(
         state: its `params` are used.
         prompt: int[n], at least one id.
         tokens: how many ids to add.
-        window: length of the context in tokens, which slides once it is full; a multiple of the tensor axis under sequence
-            parallelism.
+        window: length of the context in tokens, which slides once it is full; a multiple of the tensor axis under
+            sequence parallelism.
         temperature: 0 or more.
         seed: of the draws, which are the same on every layout up to rounding of the logits.
 
     Returns:
         int32[tokens].
+
+    Raises:
+        ValueError: an argument is out of range, or the window does not fit the model or its layout.
     """
-    prompt = np.asarray(prompt, np.int32)
-    if prompt.ndim != 1 or not prompt.size:
-        raise ValueError(f"sample: the prompt has shape {prompt.shape}; it is one row of at least one token id")
-    if not 1 <= window or temperature < 0 or tokens < 1:
-        raise ValueError(f"sample: window={window}, tokens={tokens} are at least 1, temperature={temperature} at least 0")
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
+        raise ValueError(f"sample: the prompt is {ids.dtype}{list(ids.shape)}; it is one row of at least one token id")
+    vocabulary = trainer.config.vocab_size
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise ValueError(
+            f"sample: the prompt's ids go from {ids.min()} to {ids.max()}; the model has 0 to {vocabulary - 1}"
+        )
+    if window < 1 or tokens < 1 or not 0 <= temperature < np.inf:
+        raise ValueError(
+            f"sample: window={window}, tokens={tokens}, temperature={temperature}; they are at least 1, 1 and 0"
+        )
     trainer.layout.check(trainer.config, sequence=window)
     forward, rows = engine.logits(trainer.plan), trainer.layout.batch_shards
-    vocabulary = trainer.config.vocab_size
 
     def draw(params: engine.Parameters, context: Array, last: Array, key: Array) -> Array:
         logits = forward(params, jnp.broadcast_to(context, (rows, window)))[0, last, :vocabulary]
@@ -63,7 +79,7 @@ def sample(
         keys = jax.random.split(jax.random.key(seed), tokens)
         return jax.lax.scan(body, (context, length), keys)[1]
 
-    kept = prompt[-window:]
+    kept = ids[-window:]
     context = np.zeros(window, np.int32)
     context[: kept.size] = kept
     whole = NamedSharding(trainer.mesh, PartitionSpec())

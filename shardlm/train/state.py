@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm.dims import Split
@@ -27,7 +26,7 @@ class TrainState:
         opt_state: Optax's state; arrays of a parameter's shape are split as its gradient is.
     """
 
-    step: Array
+    step: Any
     params: Parameters
     opt_state: Any
 
@@ -45,9 +44,13 @@ def abstract(plan: Plan, optimizer: optax.GradientTransformation) -> TrainState:
     def place(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(plan.mesh, spec))
 
-    shapes = jax.eval_shape(lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)), plan.shapes)
+    shapes = jax.eval_shape(
+        lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)), plan.shapes
+    )
     params = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes.params, plan.shardings("stored")
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes.params,
+        plan.shardings("stored"),
     )
     opt_state = jax.tree_util.tree_map_with_path(
         lambda keys, x: place(x, _optimizer_spec(keys, x.shape, plan.splits)), shapes.opt_state

@@ -1,6 +1,7 @@
 """One update: gradients, the optimizer on global arrays, and the metrics that come for free."""
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,9 @@ def make_step(
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]:
     """A function (state, batch) -> (state after one update, metrics), to be compiled with the state donated.
 
-    The optimizer runs outside the manual region, on global arrays split as gradients are, so any Optax transformation is
-    right without knowing of the mesh; what its own global arithmetic needs (a norm over all leaves) the compiler adds.
+    The optimizer runs outside the manual region, on global arrays split as gradients are, so any Optax transformation
+    is right without knowing of the mesh; what its own global arithmetic needs (a norm over all leaves) the compiler
+    adds.
     """
     gradients = engine.loss_and_grads(plan, engine_name)
 
@@ -29,7 +31,7 @@ def make_step(
         total, weight, grads = gradients(state.params, batch, dropout_key(seed, state.step))
         shards = jax.lax.with_sharding_constraint(state.params, plan.shardings("sharded"))
         updates, opt_state = optimizer.update(grads, state.opt_state, shards)
-        params = _as_stored(plan, optax.apply_updates(shards, updates), engine_name)
+        params = _as_stored(plan, cast(Parameters, optax.apply_updates(shards, updates)), engine_name)
         metrics = {"loss": total / weight, "tokens": weight, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -106,8 +106,8 @@ class Trainer:
             batch: the global batch, all microbatches together: arrays of the host, or of `place`.
 
         Returns:
-            The new state, and scalars still on their way: `loss`, the mean over weights before the update; `tokens`, the
-            sum of weights; `grad_norm`, before any clipping.
+            The new state, and scalars still on their way: `loss`, the mean over weights before the update; `tokens`,
+            the sum of weights; `grad_norm`, before any clipping.
 
         Raises:
             ValueError: something is wrong with the batch.
@@ -115,11 +115,11 @@ class Trainer:
         return self._step(state, self.place(batch))
 
     def loss_and_grads(self, state: TrainState, batch: Batch) -> tuple[Array, Parameters]:
-        """The mean loss and its gradients with respect to `state.params`, with the step's dropout masks, without an update.
+        """The mean loss and its gradients with respect to `state.params`, under the step's dropout masks; no update.
 
         Returns:
-            A scalar, and a nested dict like `state.params` of global arrays, split as the optimizer state is (over fsdp at
-            every ZeRO level).
+            A scalar, and a nested dict like `state.params` of global arrays, split as the optimizer state is (over
+            fsdp at every ZeRO level).
         """
         return self._loss_and_grads(state, self.place(batch))
 
@@ -133,14 +133,16 @@ class Trainer:
             ValueError: there is no batch, or no weight in any of them.
         """
         sums = [self._evaluate(state.params, self.place(batch, may_be_empty=True)) for batch in batches]
-        total, weight = (math.fsum(float(x) for x in column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
+        total, weight = (
+            (math.fsum(float(x) for x in column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
+        )
         if weight == 0:
             raise ValueError(f"nothing to evaluate: {len(sums)} batches with a total weight of 0")
         loss = total / weight
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": weight}
 
     def place(self, batch: Batch, *, may_be_empty: bool = False) -> dict[str, Array]:
-        """Check a batch and put it on the devices, split as the layout says; one that `place` returned is not moved again.
+        """Check a batch and put it on the devices, split as the layout says; what `place` returned is not moved again.
 
         Arrays from the host are checked value by value. Values of placed arrays are not: an id outside the vocabulary
         would make the loss NaN.
@@ -172,7 +174,9 @@ class Trainer:
         Checkpoints restore by it between layouts that pad the vocabulary differently.
         """
         tables = ("embedding/table", "head/table")
-        return self.config.vocab_size if path.endswith(tables) and shape[:1] == (self.config.padded_vocab_size,) else None
+        return (
+            self.config.vocab_size if path.endswith(tables) and shape[:1] == (self.config.padded_vocab_size,) else None
+        )
 
     def fit(
         self,
@@ -193,15 +197,16 @@ class Trainer:
         """Train until `steps` updates have been made in all, those before a resumption included.
 
         Args:
-            batches: batch i is for update i: an object indexed by step (`shardlm.data.Batches`, a list, a Grain dataset), or
-                an iterable, of which a resumed run drops what it has used.
+            batches: batch i is for update i: an object indexed by step (`shardlm.data.Batches`, a list, a Grain
+                dataset), or an iterable, of which a resumed run drops what it has used.
             steps: number of the last update.
             state: where to start; default `init()`, or the newest checkpoint in `checkpoint_dir`, whatever its layout.
             checkpoint_dir: where checkpoints are saved and found; None saves nothing.
             checkpoint_every: updates between checkpoints; the last update is always saved.
             keep: how many checkpoints stay; None keeps all.
             log_every: updates between log lines; the finiteness of every update is checked there.
-            held_out: batches to evaluate on at the end, and every `evaluate_every` updates; iterated over anew each time.
+            held_out: batches to evaluate on at the end, and every `evaluate_every` updates; iterated over anew each
+                time.
             log_dir: where metrics.jsonl goes; default `checkpoint_dir`, and nowhere without either.
             tensorboard: write TensorBoard events there too (`pip install 'shardlm[tensorboard]'`).
             verbose: False prints and writes nothing.

@@ -1,7 +1,7 @@
 """The compiled program of the manual engine communicates what the textbooks say, and nothing else.
 
-Elements per device and step: P parameters, of which K in the layers' matrices, L layers; b rows, s tokens, h = d_model per
-device. Ring wire factors are applied at the end, once, to show the volumes in their usual form.
+Elements per device and step: P parameters, of which K in the layers' matrices, L layers; b rows, s tokens, h = d_model
+per device. Ring wire factors are applied at the end, once, to show the volumes in their usual form.
 """
 
 from collections import Counter
@@ -158,7 +158,8 @@ def test_everything_together_adds_up():
     assert total(found, "all-reduce", "data", "tensor") == scales // 2
     only(
         found,
-        ("all-gather", ("fsdp",)), ("reduce-scatter", ("fsdp",)), ("all-gather", ("tensor",)), ("reduce-scatter", ("tensor",)),
+        ("all-gather", ("fsdp",)), ("reduce-scatter", ("fsdp",)),
+        ("all-gather", ("tensor",)), ("reduce-scatter", ("tensor",)),
         ("all-reduce", ("tensor",)), ("all-reduce", ("data",)), ("all-reduce", ("data", "tensor")),
     )  # fmt: skip
 

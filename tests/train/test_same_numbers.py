@@ -1,8 +1,8 @@
 """Any layout, by either engine, gives the single device's numbers: in float64, to rounding.
 
-The reference is the Flax module on one device with a loss, a gradient and an Optax update written here. Tolerances: sums
-of a few thousand float64 terms in another order differ by some 1e-14 of the largest; parameters after AdamW, which divides by
-the square root of a second moment that may be tiny, by more.
+The reference is the Flax module on one device with a loss, a gradient and an Optax update written here. Tolerances:
+sums of a few thousand float64 terms in another order differ by some 1e-14 of the largest; parameters after AdamW,
+which divides by the square root of a second moment that may be tiny, by more.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ LLAMA = sl.TransformerConfig(
 )  # fmt: skip
 GPT = sl.TransformerConfig(
     vocab_size=67, num_layers=3, d_model=24, num_heads=6, head_dim=6, d_ff=36, vocab_multiple=8, tied=True, dropout=0.2,
-    attention=sl.Attention(bias=True, output_bias=True, soft_cap=5.0), mlp=sl.MLP(gated=False, activation="gelu_tanh", bias=True),
-    norm=sl.Norm(kind="layer", after=True), positions=sl.LearnedPositions(length=SEQUENCE), logit_soft_cap=8.0,
-    embedding_scale=3.0, **WIDE,
+    attention=sl.Attention(bias=True, output_bias=True, soft_cap=5.0), mlp=sl.MLP(gated=False, activation="gelu_tanh",
+    bias=True), norm=sl.Norm(kind="layer", after=True), positions=sl.LearnedPositions(length=SEQUENCE),
+    logit_soft_cap=8.0, embedding_scale=3.0, **WIDE,
 )  # fmt: skip
 CONFIGS = {"llama": LLAMA, "gpt": GPT}
 LAYOUTS = [
@@ -84,11 +84,13 @@ def remember_gradients() -> optax.GradientTransformation:
 
 
 def make_optimizer() -> optax.GradientTransformation:
-    return optax.chain(remember_gradients(), optax.clip_by_global_norm(0.5), sl.adamw(1e-2, steps=8, warmup=1, clip=None))
+    return optax.chain(
+        remember_gradients(), optax.clip_by_global_norm(0.5), sl.adamw(1e-2, steps=8, warmup=1, clip=None)
+    )
 
 
 def perturbed(params: dict) -> dict:
-    """Every parameter moved away from its initial value, so that ones and zeros hide nothing; padding rows stay zero."""
+    """Every parameter moved away from its initial value, so that ones and zeros hide nothing; padding stays zero."""
     random = np.random.default_rng(2)
     flat = {path: np.asarray(x) + 0.1 * random.normal(size=x.shape) for path, x in flatten(params).items()}
     for path in flat:
@@ -147,7 +149,9 @@ def run(name: str, layout: sl.Layout, engine: str) -> dict:
         losses.append(float(metrics["loss"]))
         first = to_host(state.opt_state[0]) if first is None else first
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, trainer.abstract_state)
-    return to_host({"start": start, "losses": losses, "grads": first, "params": state.params, "opt_state": state.opt_state})
+    return to_host(
+        {"start": start, "losses": losses, "grads": first, "params": state.params, "opt_state": state.opt_state}
+    )
 
 
 def worst(expected, found) -> tuple[float, str]:

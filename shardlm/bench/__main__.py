@@ -1,0 +1,28 @@
+"""The command line of the benchmarks: `python -m shardlm.bench step`, `compile` or `cold`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from shardlm.bench import cold, compile, step
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a benchmark; returns the exit status: 0, or 2 for a mistake in the arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m shardlm.bench",
+        description="Measure shardlm on this machine. Each command's --help says what its numbers mean.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for command in (step, compile, cold):
+        command.add(commands)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
