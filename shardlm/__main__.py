@@ -4,14 +4,14 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 import shardlm as sl
-from shardlm.data import Batches
+from shardlm.data import Batches, Epoch
 
 _SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
 
@@ -21,12 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except sl.NonFiniteLoss as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, OSError, ImportError, sl.NonFiniteLoss) as error:
+        print("error:", error, *getattr(error, "__notes__", ()), file=sys.stderr)
+        return 1 if isinstance(error, sl.NonFiniteLoss) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -35,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> int:
     """`python -m shardlm train`: print the plan, train, evaluate, and show a sample."""
     layout = _start_devices(options.layout)
+    config = _config(options)
+    layout.check(config, options.batch_size, options.sequence)  # before the text is read, which may take long
     data = sl.data.load(
         options.data,
         options.tokenizer,
@@ -43,29 +42,23 @@ def train(options: argparse.Namespace) -> int:
         seed=options.seed,
         held_out=options.held_out,
     )
-    config = _config(options, data.tokenizer.vocab_size)
-    optimizer = sl.adamw(options.learning_rate, steps=options.steps)
-    trainer = sl.Trainer(config, layout, optimizer, seed=options.seed)
-    trainer.layout.check(config, options.batch_size, options.sequence)
-    batches = data.train
-    if jax.process_count() > 1:
-        batches = Batches(batches.packed, options.batch_size, options.seed, rows=trainer.local_rows(options.batch_size))
+    config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size)
+    trainer = sl.Trainer(config, layout, sl.adamw(options.learning_rate, steps=options.steps), seed=options.seed)
+    rows = trainer.local_rows(options.batch_size)  # all of them, unless other processes read the others
+    batches = Batches(data.train.packed, options.batch_size, options.seed, rows)
+    held_out = None
+    if data.held_out is not None:
+        epoch = Epoch(data.held_out.packed, options.batch_size, rows)
+        held_out = [epoch[i] for i in range(min(options.evaluate_batches, len(epoch)))]
 
     say = print if jax.process_index() == 0 else _silent
     say(trainer.layout.describe(trainer.config))
-    say(
-        f"model: {_describe(config)}, {trainer.num_parameters:,} parameters ({config.param_dtype}, computing in {config.dtype})"
-    )
+    say(f"model: {_describe(config)}, {trainer.num_parameters:,} parameters")
     say(f"data: {data}")
     epochs = options.steps / data.train.steps_per_epoch
-    say(
-        f"run: {options.steps} steps of {options.batch_size} x {options.sequence} tokens, {epochs:.2f} epochs\n",
-        flush=True,
-    )
+    run = f"{options.steps} steps of {options.batch_size} x {options.sequence} tokens, {epochs:.2f} epochs"
+    say(f"run: {run}, {config.param_dtype} parameters, computing in {config.dtype}\n", flush=True)
 
-    held_out = None
-    if data.held_out is not None:
-        held_out = [data.held_out[i] for i in range(min(options.evaluate_batches, len(data.held_out)))]
     state = trainer.fit(
         batches,
         options.steps,
@@ -78,42 +71,43 @@ def train(options: argparse.Namespace) -> int:
         tensorboard=options.tensorboard,
     )
     if held_out and data.held_out is not None:
-        say(
-            f"held-out loss is over {len(held_out)} of {len(data.held_out)} batches of documents that were not trained on"
-        )
+        say(f"held-out loss is over {len(held_out)} of {len(data.held_out)} batches of documents not trained on")
     if options.sample:
         _show_sample(trainer, state, data.tokenizer, options, say)
     return 0
 
 
 def _start_devices(text: str | None) -> sl.Layout:
-    """The layout asked for, and, where there is no accelerator, as many CPU devices as it needs."""
+    """The layout asked for, its sizes filled in; where there is no accelerator, as many CPU devices as it needs."""
     layout = None if text is None else sl.Layout.parse(text)
     unfilled = layout is None or -1 in layout.sizes.values()
-    sl.fake_devices(8 if layout is None or unfilled else layout.num_devices)
+    try:
+        sl.fake_devices(8 if layout is None or unfilled else layout.num_devices)
+    except RuntimeError as error:  # it came too late; this is no command line of its own
+        raise ValueError(str(error)) from error
     devices = jax.devices()
     if devices[0].platform == "cpu":
         print(f"no accelerator found: {len(devices)} fake CPU devices\n")
     else:
         print(f"{len(devices)} x {devices[0].device_kind}\n")
-    if layout is not None:
-        return layout
-    return sl.Layout(data=2, fsdp=2, tensor=2) if len(devices) == 8 else sl.Layout(fsdp=-1)
+    if layout is None:
+        layout = sl.Layout(data=2, fsdp=2, tensor=2) if len(devices) == 8 else sl.Layout(fsdp=-1)
+    return layout.resolve(len(devices))
 
 
-def _config(options: argparse.Namespace, vocab_size: int) -> sl.TransformerConfig:
+def _config(options: argparse.Namespace) -> sl.TransformerConfig:
+    """The preset with what was asked for changed; its vocabulary has yet to become the tokenizer's."""
     changes: dict[str, Any] = {name: getattr(options, name) for name in _SIZES if getattr(options, name) is not None}
     if options.dtype is not None:
         changes["dtype"] = options.dtype
     if options.dropout is not None:
         changes["dropout"] = options.dropout
-    preset = sl.presets.get(options.preset)
     # Sizes that follow from others are to follow from the new ones.
     if "d_model" in changes or "num_heads" in changes:
         changes.setdefault("head_dim", None)
     if "num_heads" in changes:
         changes.setdefault("num_kv_heads", None)
-    return dataclasses.replace(preset, vocab_size=vocab_size, **changes)
+    return sl.presets.get(options.preset, **changes)
 
 
 def _describe(config: sl.TransformerConfig) -> str:
@@ -139,7 +133,7 @@ def _show_sample(
     )
     took = time.perf_counter() - began
     say(
-        f"\nsample at temperature {options.temperature:g} ({len(ids)} tokens in {took:.1f} s), after the prompt {options.prompt!r}:"
+        f"\nsample at temperature {options.temperature:g}, {len(ids)} tokens in {took:.1f} s, after {options.prompt!r}:"
     )
     say("-" * 80)
     say(options.prompt + tokenizer.decode(ids))
@@ -150,6 +144,26 @@ def _silent(*_: Any, **__: Any) -> None:
     pass
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+def _at_least(minimum: float, kind: type = int) -> Callable[[str], Any]:
+    """A `type` of argparse: a number that is not below `minimum`."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not minimum <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {minimum} on")
+        return value
+
+    number.__name__ = kind.__name__  # argparse says "invalid int value"
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m shardlm", description="Transformers on any layout of devices.")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -157,36 +171,37 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train a Transformer on text",
         description="Train a decoder-only Transformer on text, evaluate it on held-out documents, and show a sample.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     command.set_defaults(run=train)
     add = command.add_argument
 
-    add("--layout", help='"data=2,fsdp=2,tensor=2,zero=3,sequence_parallel"; one size may be -1; also accumulate=, remat= '
-        "(default: data=2,fsdp=2,tensor=2 on 8 devices, else fsdp=-1)")  # fmt: skip
+    count, size = _at_least(0), _at_least(1)
+    add("--layout", help='"data=2,fsdp=2,tensor=2,zero=3,sequence_parallel"; one size may be -1; also accumulate=, '
+        "remat= (default: data=2,fsdp=2,tensor=2 on 8 devices, else fsdp=-1)")  # fmt: skip
     add("--preset", default="tiny", help="model to start from, a name in sl.presets; the vocabulary is the tokenizer's")
     for name in _SIZES:
-        add(f"--{name.replace('_', '-')}", type=int, help="instead of the preset's")
+        add(f"--{name.replace('_', '-')}", type=size, help="instead of the preset's")
     add("--dropout", type=float, help="instead of the preset's")
     add("--dtype", help="of the computation: float32 or bfloat16, instead of the preset's")
     add("--data", nargs="+", help="text files or folders (default: the sources of Python's standard library)")
     add("--tokenizer", default="bytes", help='"bytes", or "bpe:8192" to train byte-level BPE (extra hf)')
     add("--held-out", type=float, default=0.05, help="fraction of documents kept for evaluation; 0 for none")
-    add("--steps", type=int, default=400, help="updates in all, those before a resumption included")
-    add("--batch-size", type=int, default=16, help="rows per step, over all devices")
-    add("--sequence", type=int, default=128, help="tokens per row")
-    add("--learning-rate", type=float, default=3e-3, help="peak of warm-up and cosine")
+    add("--steps", type=size, default=400, help="updates in all, those before a resumption included")
+    add("--batch-size", type=size, default=16, help="rows per step, over all devices")
+    add("--sequence", type=size, default=128, help="tokens per row")
+    add("--learning-rate", type=_at_least(0, float), default=3e-3, help="peak of warm-up and cosine")
     add("--seed", type=int, default=0, help="of parameters, dropout, order of batches and the sample")
     add("--checkpoint-dir", help="save here, and resume from here if there is something, on any layout")
-    add("--checkpoint-every", type=int, default=100, help="steps")
-    add("--log-every", type=int, default=10, help="steps")
+    add("--checkpoint-every", type=size, default=100, help="steps")
+    add("--log-every", type=size, default=10, help="steps")
     add("--log-dir", help="where metrics.jsonl goes (default: the checkpoint folder)")
     add("--tensorboard", action="store_true", help="write TensorBoard events too (extra tensorboard)")
-    add("--evaluate-every", type=int, default=200, help="steps")
-    add("--evaluate-batches", type=int, default=32, help="held-out batches to evaluate on")
-    add("--sample", type=int, default=200, help="tokens of text to show at the end; 0 for none")
-    add("--prompt", default="def ", help="what the sample continues")
-    add("--temperature", type=float, default=0.7, help="of the sample; 0 takes the likeliest token")
+    add("--evaluate-every", type=size, default=200, help="steps")
+    add("--evaluate-batches", type=size, default=32, help="held-out batches to evaluate on")
+    add("--sample", type=count, default=200, help="tokens of text to show at the end; 0 for none")
+    add("--prompt", default="def ", help="what the sample continues (default: %(default)r)")
+    add("--temperature", type=_at_least(0, float), default=0.7, help="of the sample; 0 takes the likeliest token")
     return parser
 
 

@@ -9,19 +9,24 @@ from shardlm.bench import cold, compile, step
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark; returns the exit status: 0, or 2 for a mistake in the arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m shardlm.bench",
-        description="Measure shardlm on this machine. Each command's --help says what its numbers mean.",
-    )
-    commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (step, compile, cold):
-        command.add(commands)
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         return options.run(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command line takes."""
+    top = argparse.ArgumentParser(
+        prog="python -m shardlm.bench",
+        description="Measure shardlm on this machine. Each command's --help says what its numbers mean.",
+    )
+    commands = top.add_subparsers(required=True, metavar="command")
+    for command in (step, compile, cold):
+        command.add(commands)
+    return top
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def _train(options: argparse.Namespace) -> int:
     [steps] = interleaved({"step": step}, options.steps).values()
     names = list(marks)
     shares = ", ".join(
-        f"{name} {marks[name] - marks[before]:.1f}" for before, name in zip(names, names[1:], strict=False)
+        f"{name} {marks[name] - marks[before]:.1f}" for before, name in zip(names[:-1], names[1:], strict=True)
     )
     print(f"{machine(jax.devices()[0])}; layout {layout} on {layout.num_devices} fake devices")
     print(f"{model.describe(config)}; batch {options.batch_size} x {options.sequence}")

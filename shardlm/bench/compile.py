@@ -90,7 +90,7 @@ def measure(options: argparse.Namespace, layers: int) -> dict[str, float]:
     times.append(time.perf_counter())
     lowered.compile()
     times.append(time.perf_counter())
-    return {stage: end - start for stage, start, end in zip(_STAGES, times, times[1:], strict=True)}
+    return {stage: end - start for stage, start, end in zip(_STAGES, times[:-1], times[1:], strict=True)}
 
 
 def _measure_apart(options: argparse.Namespace, layers: int) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
 It imports nothing of the library and nothing of Flax: parameters are a nested dict, layers are stacked and scanned, and
 one `jax.jit` with the state donated runs forward, backward and the Optax update. The model is Llama's decoder
-(arXiv:2302.13971 section 2.2; grouped heads: arXiv:2307.09288 section 2.2): RMSNorm before each branch, rotary positions,
-grouped key/value heads, SwiGLU, a head of its own.
+(arXiv:2302.13971) with grouped key/value heads (arXiv:2305.13245): RMSNorm before each branch, rotary positions,
+SwiGLU, a head of its own.
 
 Shape letters: Batch, Sequence, Embed, Query heads, Kv heads, Group, head Dim, Vocabulary, Layer,
 Feed-forward width.

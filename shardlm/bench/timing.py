@@ -1,5 +1,6 @@
 """Timing on a machine that others use too: calls interleaved, medians, and the spread that goes with them."""
 
+import math
 import os
 import statistics
 import time
@@ -71,5 +72,6 @@ def machine(device: Any) -> str:
 
 
 def _significant(value: float, digits: int) -> str:
-    decimals = max(0, digits - len(str(int(abs(value)))))
+    exponent = math.floor(math.log10(abs(value))) if value else 0
+    decimals = max(0, digits - 1 - exponent)
     return f"{value:,.{decimals}f}"

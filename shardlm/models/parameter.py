@@ -6,9 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-VECTORS = ("scale", "bias")
-"""Names of a layer's vectors (norm scales and biases), which are neither decayed nor gathered layer by layer."""
-
 
 def normal(rngs: nnx.Rngs, dims: Sequence[str | None], shape: Sequence[int], std: float, dtype: str) -> nnx.Param:
     """A parameter drawn from N(0, std^2), drawn in float32 and then rounded to `dtype`.

@@ -8,16 +8,17 @@ every level needs in the end is the gradient that belongs to its part of the opt
 
 (in this order the all-reduce moves 1/n of the bytes). A parameter's `Plan` says where that happens:
 
-- `per_layer`: inside the backward scan, as the transpose of the gather, layer by layer. Autodiff sees one function
-  whose forward is "the whole weight" and whose backward is the reduction above. At levels 1 and 2 the whole weight is
-  there already, so the function takes it beside a placeholder of the shard's shape, which exists only to receive the
-  gradient.
-- otherwise once per step, after accumulation: small vectors, tables, and all weights when asked to sum once.
+- `per_use`: inside backward, as the transpose of the gather: for the layers' matrices in the scan, layer by layer, for
+  the tables where they are looked up. Autodiff sees one function whose forward is "the whole weight" and whose backward
+  is the reduction above. At levels 1 and 2 the whole weight is there already, so the function takes it beside a
+  placeholder of the shard's shape, which exists only to receive the gradient.
+- otherwise once per step, after accumulation: vectors, and every weight that is to be summed once.
 
 All functions here run inside a fully manual `shard_map`; shapes are per device. Parameters and gradients go by their
 path.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,6 +31,9 @@ from shardlm.dims import Split
 from shardlm.layout import Axis, Layout
 from shardlm.parallel import tensor
 
+VECTORS = ("scale", "bias")
+"""Names of a layer's vectors, norm scales and biases: too small to gather and sum one by one, and never decayed."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -38,14 +42,14 @@ class Plan:
     Attributes:
         split: how it is split over the mesh.
         axes: the axes over which its use varies: its gradient is a partial sum over those that do not split it.
-        per_layer: whether it is prepared layer by layer inside the scan, and not once per step.
-        late: of the axes summed over, those summed once per step although `per_layer`.
+        per_use: whether it is gathered, and its gradient summed, where it is used, and not once per step.
+        late: of the axes summed over, those summed once per step although `per_use`.
         dtype: what it is cast to before it is gathered; None keeps its own.
     """
 
     split: Split
     axes: tuple[str, ...]
-    per_layer: bool
+    per_use: bool
     late: tuple[str, ...]
     dtype: str | None
 
@@ -58,7 +62,7 @@ class Plan:
     @property
     def has_placeholder(self) -> bool:
         """Whether autodiff needs a placeholder for the shard: the parameter is stored whole, its gradient split."""
-        return self.per_layer and bool(self.split.zero_axes) and not self.split.stored_sharded
+        return self.per_use and bool(self.split.zero_axes) and not self.split.stored_sharded
 
 
 def plan(split: Split, layout: Layout, dtype: str) -> Plan:
@@ -66,17 +70,19 @@ def plan(split: Split, layout: Layout, dtype: str) -> Plan:
     batch = (Axis.DATA, Axis.FSDP, Axis.EXPERT, Axis.CONTEXT)
     axes = batch + ((Axis.TENSOR,) if layout.sequence_parallel or tensor.in_branch(split.dims) else ())
     axes = tuple(str(axis) for axis in axes if layout.sizes[axis] > 1)
-    matrix = split.path.endswith("/kernel")
+    matrix = split.path.rsplit("/", 1)[-1] not in VECTORS
+    # What multiplies in the computation's dtype may travel in it; a table is looked up, and summed into, in its own.
+    dtype_moved = dtype if split.path.endswith("/kernel") else None
     at_once = layout.gradient_reduction == "step"
     gathers = bool(split.zero_axes) and (layout.zero == 3 or (layout.zero == 2 and at_once))
-    per_layer = matrix and bool(axes) and (gathers or not at_once)
-    whole = Plan(split, axes, per_layer, (), dtype if matrix else None)
-    return Plan(split, axes, per_layer, whole.summed if per_layer and at_once else (), whole.dtype)
+    per_use = matrix and bool(axes) and (gathers or not at_once)
+    result = Plan(split, axes, per_use, (), dtype_moved)
+    return dataclasses.replace(result, late=result.summed) if per_use and at_once else result
 
 
 def begin(stored: Array, plan: Plan) -> Array:
-    """What the step differentiates: the parameter ready for use, or, if that comes layer by layer, its shard."""
-    if not plan.per_layer:
+    """What the step differentiates: the parameter ready for use, or, if that happens where it is used, its shard."""
+    if not plan.per_use:
         return _gather(stored, plan, plan.split.zero_dim)
     if plan.has_placeholder:
         dim, count = plan.split.zero_dim, collectives.size(_axes(plan.split.zero_axes))
@@ -87,14 +93,14 @@ def begin(stored: Array, plan: Plan) -> Array:
 
 
 def use(shard: Array, whole: Array | None, plan: Plan) -> Array:
-    """One layer's weight, whole and ready, from what `begin` gave; its transpose sums the gradient into the shard.
+    """A weight, whole and ready, from what `begin` gave; its transpose sums the gradient into the shard.
 
     Args:
-        shard: one layer of `begin`'s result (the leading layer dim taken off by the scan).
-        whole: one layer of the stored parameter where `plan.has_placeholder`, else None.
-        plan: a plan with `per_layer`.
+        shard: `begin`'s result; in a layer one layer of it, the leading layer dim taken off by the scan.
+        whole: the stored parameter, or one layer of it, where `plan.has_placeholder`; else None.
+        plan: a plan with `per_use`.
     """
-    dim = None if plan.split.zero_dim is None else plan.split.zero_dim - 1
+    dim = None if plan.split.zero_dim is None else plan.split.zero_dim - ("layer" in plan.split.dims)
     now = tuple(axis for axis in plan.summed if axis not in plan.late)
 
     @jax.custom_vjp
@@ -110,7 +116,7 @@ def use(shard: Array, whole: Array | None, plan: Plan) -> Array:
 
 def finish(gradient: Array, plan: Plan) -> Array:
     """From the step's gradient with respect to `begin`'s result, the gradient of the parameter's shard."""
-    if plan.per_layer:
+    if plan.per_use:
         return collectives.all_reduce(gradient, _axes(plan.late))
     return _reduce(gradient, plan, plan.split.zero_dim, plan.summed)
 

@@ -32,6 +32,9 @@ from shardlm.train.loss import loss_sum
 Parameters = dict[str, Any]
 """A nested dict of arrays: the model's parameters, or their gradients."""
 
+Ready = Callable[[dict[str, Array]], tuple[Transformer, Execution]]
+"""From the parameters that a step differentiates, the model with those that it computes with, and how to run it."""
+
 ENGINES = ("manual", "auto")
 _LAYERS = "layers/"
 _BATCH_AXES = (Axis.DATA, Axis.FSDP, Axis.EXPERT, Axis.CONTEXT)
@@ -120,9 +123,8 @@ def evaluate(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, Array]]
     """A function (parameters, batch) -> (sum of losses, sum of weights), without dropout."""
 
     def local(parameters: dict[str, Array], batch: dict[str, Array]) -> tuple[Array, Array]:
-        plans = _zero_plans(plan)
-        ready, execution = _prepare(plan, plans, parameters)
-        model = merge(plan.graph, unflatten(ready))
+        ready, begun = _prepare(plan, parameters)
+        model, execution = ready(begun)
         total = loss_sum(model, batch, execution=execution)
         return collectives.all_reduce(total, _BATCH_AXES), collectives.all_reduce(batch["weights"].sum(), _BATCH_AXES)
 
@@ -139,8 +141,8 @@ def logits(plan: Plan) -> Callable[[Parameters, Array], Array]:
     """A function (parameters, tokens[batch, sequence]) -> logits[batch, sequence, padded vocabulary], manual engine."""
 
     def local(parameters: dict[str, Array], batch: dict[str, Array]) -> Array:
-        ready, execution = _prepare(plan, _zero_plans(plan), parameters)
-        model = merge(plan.graph, unflatten(ready))
+        ready, begun = _prepare(plan, parameters)
+        model, execution = ready(begun)
         return model.logits(model.hidden(batch["tokens"], execution=execution))
 
     batch_axes, vocab = plan.table.activation("batch"), plan.table.rules["vocab"]
@@ -194,11 +196,13 @@ def _zero_plans(plan: Plan) -> dict[str, zero.Plan]:
     return {path: zero.plan(split, plan.layout, plan.config.dtype) for path, split in plan.splits.items()}
 
 
-def _prepare(plan: Plan, plans: dict[str, zero.Plan], stored: dict[str, Array]) -> tuple[dict[str, Array], Execution]:
-    """The parameters as the step differentiates them, and how the layers make theirs ready."""
+def _prepare(plan: Plan, stored: dict[str, Array]) -> tuple[Ready, dict[str, Array]]:
+    """How to run the model with the parameters as the step differentiates them, and those."""
+    plans = _zero_plans(plan)
     begun = {path: zero.begin(x, plans[path]) for path, x in stored.items()}
-    in_layers = {path.removeprefix(_LAYERS): p for path, p in plans.items() if path.startswith(_LAYERS) and p.per_layer}
-    beside = {path: stored[_LAYERS + path] for path, p in in_layers.items() if p.has_placeholder}
+    per_use = {path: p for path, p in plans.items() if p.per_use}
+    whole = {path: stored[path] for path, p in per_use.items() if p.has_placeholder}
+    in_layers = {path.removeprefix(_LAYERS): p for path, p in per_use.items() if path.startswith(_LAYERS)}
 
     def prepare(layer: Parameters, beside: dict[str, Array]) -> Parameters:
         flat = flatten(layer)
@@ -208,36 +212,42 @@ def _prepare(plan: Plan, plans: dict[str, zero.Plan], stored: dict[str, Array]) 
         remat=plan.layout.remat,
         sequence_parallel=plan.layout.sequence_parallel,
         prepare=prepare if in_layers else None,
-        beside=beside,
+        beside={path: whole[_LAYERS + path] for path in in_layers if _LAYERS + path in whole},
     )
-    return begun, execution
+
+    def ready(begun: dict[str, Array]) -> tuple[Transformer, Execution]:
+        tables = [path for path in per_use if not path.startswith(_LAYERS)]
+        used = {path: zero.use(begun[path], whole.get(path), per_use[path]) for path in tables}
+        return merge(plan.graph, unflatten(begun | used)), execution
+
+    return ready, begun
 
 
 def _manual_step(plan: Plan, parameters: dict[str, Array], batch: dict[str, Array], key: Array):
     plans = _zero_plans(plan)
 
     def local(stored: dict[str, Array], batch: dict[str, Array], key: Array):
-        begun, execution = _prepare(plan, plans, stored)
-        total, grads = _accumulate(plan, begun, batch, key, execution)
+        ready, begun = _prepare(plan, stored)
+        total, grads = _accumulate(plan, ready, begun, batch, key)
         grads = {path: zero.finish(g, plans[path]) for path, g in grads.items()}
-        return (
-            collectives.all_reduce(total, _BATCH_AXES),
-            collectives.all_reduce(batch["weights"].sum(), _BATCH_AXES),
-            grads,
-        )
+        weight = collectives.all_reduce(batch["weights"].sum(), _BATCH_AXES)
+        return collectives.all_reduce(total, _BATCH_AXES), weight, grads
 
     out_specs = (PartitionSpec(), PartitionSpec(), {path: split.sharded for path, split in plan.splits.items()})
     return _manual(plan, local, batch, out_specs, PartitionSpec())(parameters, batch, key)
 
 
 def _auto_step(plan: Plan, parameters: dict[str, Array], batch: dict[str, Array], key: Array):
-    total, grads = _accumulate(plan, parameters, batch, key, Execution(remat=plan.layout.remat))
+    def ready(parameters: dict[str, Array]) -> tuple[Transformer, Execution]:
+        return merge(plan.graph, unflatten(parameters)), Execution(remat=plan.layout.remat)
+
+    total, grads = _accumulate(plan, ready, parameters, batch, key)
     shardings = {path: NamedSharding(plan.mesh, split.sharded) for path, split in plan.splits.items()}
     return total, batch["weights"].sum(), jax.lax.with_sharding_constraint(grads, shardings)
 
 
 def _accumulate(
-    plan: Plan, parameters: dict[str, Array], batch: dict[str, Array], key: Array, execution: Execution
+    plan: Plan, ready: Ready, parameters: dict[str, Array], batch: dict[str, Array], key: Array
 ) -> tuple[Array, dict[str, Array]]:
     """Sum of losses, and its gradient in at least float32, over the microbatches of the batch held here."""
     columns = batch["columns"]
@@ -245,7 +255,8 @@ def _accumulate(
     def loss(parameters: dict[str, Array], microbatch: dict[str, Array]) -> Array:
         rate = plan.config.dropout
         dropout = Dropout(rate, key, microbatch["rows"], columns) if rate else None
-        return loss_sum(merge(plan.graph, unflatten(parameters)), microbatch, dropout, execution)
+        model, execution = ready(parameters)
+        return loss_sum(model, microbatch, dropout, execution)
 
     rowwise = {name: x for name, x in batch.items() if name != "columns"}
     count = plan.layout.accumulate

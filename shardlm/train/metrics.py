@@ -10,7 +10,10 @@ from shardlm.models.transformer import count_parameters
 PEAK_BF16 = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989.4e12,
+    "NVIDIA H100 PCIe": 756.5e12,
+    "NVIDIA H100 NVL": 835.5e12,
     "NVIDIA H200": 989.4e12,
+    "NVIDIA H200 NVL": 835.5e12,
     "NVIDIA B200": 2250e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from shardlm.models.parameter import VECTORS
+from shardlm.parallel.zero import VECTORS
 
 
 def decayed(params: dict) -> dict:
@@ -27,20 +27,28 @@ def adamw(
     Args:
         learning_rate: the peak.
         steps: updates in the whole run; the cosine ends there.
-        warmup: updates until the peak; None is a tenth of `steps`, at most 1000.
+        warmup: updates until the peak; None is a tenth of `steps`, rounded down, at most 1000.
         final: the rate at the end, as a fraction of the peak.
         b1, b2: decay of the moments.
         weight_decay: not applied to norm scales and biases.
         clip: the largest global norm of a gradient; None does not clip.
 
+    Raises:
+        ValueError: a number is out of range.
+
     Example:
         >>> trainer = sl.Trainer(config, layout, sl.adamw(1e-3, steps=1000))
     """
+    problems = []
     if steps < 1:
-        raise ValueError(f"adamw: steps={steps}; the schedule needs the number of updates of the whole run, at least 1")
-    warmup = min(1000, max(1, steps // 10)) if warmup is None else warmup
-    if not 0 <= warmup <= steps:
-        raise ValueError(f"adamw: warmup={warmup} of steps={steps}; it is between 0 and steps")
+        problems.append(f"steps={steps}; the schedule needs the number of updates of the whole run, at least 1")
+    elif warmup is not None and not 0 <= warmup <= steps:
+        problems.append(f"warmup={warmup} of steps={steps}; it is between 0 and steps")
+    if clip is not None and not clip > 0:
+        problems.append(f"clip={clip}; it is positive, or None not to clip")
+    if problems:
+        raise ValueError("adamw: " + "; ".join(problems))
+    warmup = min(1000, steps // 10) if warmup is None else warmup
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else learning_rate, learning_rate, warmup, max(steps, warmup + 1), learning_rate * final
     )

@@ -9,9 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-import shardlm as sl
 from shardlm.models import parameter
-from shardlm.models.transformer import parameter_dims
 
 SHAPE = (24, 40)
 
@@ -66,14 +64,3 @@ def test_a_parameter_born_sharded_is_the_one_born_whole(spec):
     assert born.sharding.spec == spec
     # Compiled, the product with the deviation may be fused into the draw: one unit in float32's last place.
     np.testing.assert_allclose(born, draw()[...], rtol=2.0**-22)
-
-
-def test_vectors_are_the_names_of_everything_that_is_no_matrix():
-    config = sl.TransformerConfig(
-        vocab_size=67, num_layers=3, d_model=12, num_heads=3, positions=sl.LearnedPositions(length=5),
-        attention=sl.Attention(bias=True, output_bias=True, qk_norm=True), mlp=sl.MLP(bias=True),
-        norm=sl.Norm(kind="layer", after=True),
-    )  # fmt: skip
-    _, shapes, _ = parameter_dims(config)
-    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(shapes)}
-    assert names == {"kernel", "table", *parameter.VECTORS}

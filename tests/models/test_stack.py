@@ -1,0 +1,123 @@
+"""The scan over layers equals a loop over them; how it is executed changes what is kept and not what is computed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from shardlm.models.stack import PLAIN, Execution, scan_layers
+from shardlm.parallel import remat
+
+pytestmark = pytest.mark.usefixtures("x64_module")
+
+LAYERS, WIDTH = 3, 5
+SHIFTS = np.array([0.1, -0.4, 0.7])  # what each layer is given besides x
+X = np.random.default_rng(0).normal(size=(2, WIDTH))
+
+
+class Layer(nnx.Module):
+    """x -> x + tanh(x W + b), which stands for a block."""
+
+    def __init__(self, *, rngs):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (WIDTH, WIDTH)))
+        self.bias = nnx.Param(jax.random.normal(rngs.params(), (WIDTH,)))
+
+    def __call__(self, x, shift):
+        return x + jnp.tanh(x @ self.kernel[...] + self.bias[...] + shift)
+
+
+@nnx.split_rngs(splits=LAYERS)
+@nnx.vmap(in_axes=0, out_axes=0)
+def stacked(rngs):
+    return Layer(rngs=rngs)
+
+
+@functools.cache
+def parameters():
+    return nnx.to_pure_dict(nnx.state(stacked(nnx.Rngs(0))))
+
+
+def module_of(parameters):
+    """Layers that hold these."""
+    graph = nnx.split(nnx.eval_shape(lambda: stacked(nnx.Rngs(0))))[0]
+    return nnx.merge(graph, nnx.State(parameters))
+
+
+def scanned(parameters, execution=PLAIN):
+    def apply(layer, x, inputs):
+        return layer(x, inputs["shift"])
+
+    return scan_layers(module_of(parameters), jnp.asarray(X), apply, {"shift": jnp.asarray(SHIFTS)}, execution)
+
+
+def looped(parameters, order=range(LAYERS)):
+    """The definition: one layer after another, each with its slice of the parameters and of the inputs."""
+    x = X
+    for i in order:
+        x = x + np.tanh(x @ parameters["kernel"][i] + parameters["bias"][i] + SHIFTS[i])
+    return x
+
+
+def gradient(function):
+    """How the sum of the sines of `function`'s result changes with the parameters."""
+    return jax.grad(lambda p: jnp.sin(function(p)).sum())
+
+
+def looped_jax(parameters):
+    x = jnp.asarray(X)
+    for i in range(LAYERS):
+        x = module_of(jax.tree.map(lambda p, i=i: p[i], parameters))(x, SHIFTS[i])
+    return x
+
+
+def count(jaxpr, operation):
+    """How often the operation is written in a program, those that it calls included."""
+    here = sum(equation.primitive.name == operation for equation in jaxpr.eqns)
+    called = [value for equation in jaxpr.eqns for value in equation.params.values()]
+    called = [getattr(value, "jaxpr", value) for value in called]
+    return here + sum(count(inner, operation) for inner in called if hasattr(inner, "eqns"))
+
+
+def test_the_scan_is_a_loop_over_the_layers():
+    got = scanned(parameters())
+    np.testing.assert_allclose(got, looped(parameters()), rtol=1e-12, atol=1e-13)
+    assert np.abs(got - looped(parameters(), order=(2, 1, 0))).max() > 0.01  # in this order
+
+
+def test_every_rematerialisation_gives_the_gradient_of_the_loop():
+    want = jax.jit(gradient(looped_jax))(parameters())
+    assert all((np.abs(leaf).max(axis=-1) > 0.01).all() for leaf in jax.tree.leaves(want))
+    for name in remat.NAMES:
+        got = jax.jit(gradient(lambda p, name=name: scanned(p, Execution(remat=name))))(parameters())
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), got, want)
+
+
+def test_rematerialisation_makes_again_what_it_does_not_keep():
+    def counts(operation):
+        functions = {name: gradient(lambda p, name=name: scanned(p, Execution(remat=name))) for name in remat.NAMES}
+        return {name: count(jax.make_jaxpr(f)(parameters()).jaxpr, operation) for name, f in functions.items()}
+
+    # Of one layer, a product forward and two in backward, and what is made again.
+    assert counts("dot_general") == {"none": 3, "dots": 3, "full": 4}
+    assert counts("tanh") == {"none": 1, "dots": 2, "full": 2}
+
+
+def test_prepare_sees_each_layers_parameters_and_its_slice_of_beside():
+    beside = jnp.array([2.0, 3.0, 5.0])
+
+    def prepare(layer, factor):
+        assert jax.tree.map(jnp.shape, layer) == {"kernel": (WIDTH, WIDTH), "bias": (WIDTH,)}
+        return layer | {"kernel": layer["kernel"] * factor}
+
+    got = scanned(parameters(), Execution(prepare=prepare, beside=beside))
+    scaled = parameters() | {"kernel": parameters()["kernel"] * beside[:, None, None]}
+    np.testing.assert_allclose(got, looped(scaled), rtol=1e-12, atol=1e-13)
+    assert np.abs(got - looped(parameters())).max() > 0.01
+
+
+def test_a_name_that_is_no_rematerialisation():
+    with pytest.raises(ValueError, match="remat='some'; it is one of 'none', 'dots', 'full'"):
+        scanned(parameters(), Execution(remat="some"))
