@@ -89,6 +89,25 @@ class Trainer:
         """The sharding of a batch array [batch, sequence]."""
         return NamedSharding(self.mesh, self.plan.batch_spec())
 
+    def describe(self) -> str:
+        """What the layout does to this model, and what its state takes on a device; nothing is allocated for it.
+
+        Parameters that ZeRO leaves whole, because none of their dims divides, are named with their size.
+        """
+        config, whole = self.config, []
+        if self.plan.table.zero_axes:
+            whole = [split for split in self.plan.splits.values() if not split.zero_axes]
+        lines = [self.layout.describe(config)]
+        if whole:
+            sizes = [f"{split.path} {split.shape}" for split in whole]
+            lines.append(f"not split by ZeRO, as no dim divides by fsdp={self.layout.fsdp}: {', '.join(sizes)}")
+        held = {name: _bytes_per_device(getattr(self.abstract_state, name)) for name in ("params", "opt_state")}
+        lines.append(
+            f"{self.num_parameters:,} parameters ({config.param_dtype}, computing in {config.dtype}); on each device "
+            f"{_megabytes(held['params'])} of parameters and {_megabytes(held['opt_state'])} of optimizer state"
+        )
+        return "\n".join(lines)
+
     def init(self) -> TrainState:
         """The initial state, each device making the part that it holds and no more.
 
@@ -249,3 +268,11 @@ class Trainer:
     @cached_property
     def _evaluate(self):
         return jax.jit(engines.evaluate(self.plan, self.engine))
+
+
+def _bytes_per_device(tree: Any) -> int:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

@@ -148,7 +148,7 @@ def test_the_fused_kernel_is_asked_for_the_same_attention(case, monkeypatch):
 
 
 def perturbed(build):
-    """What `build` makes, every parameter drawn at random since biases start at zero and norms at one; and the parameters."""
+    """What `build` makes, with every parameter random, since biases start at zero and norms at one; and these."""
     rng = np.random.default_rng(0)
     graph, state = nnx.split(nnx.eval_shape(build))
     drawn = jax.tree.map(lambda p: jnp.asarray(0.7 * rng.normal(size=p.shape), p.dtype), nnx.to_pure_dict(state))

@@ -1,4 +1,4 @@
-"""Dropout masks are a function of the key, the layer, the site and the element's place in the global batch, and fair."""
+"""Dropout masks are fair, and a function of the key, the layer, the site and the place in the global batch."""
 
 import dataclasses
 import math
@@ -45,7 +45,10 @@ def test_a_part_of_the_batch_has_the_mask_it_has_in_the_whole(rows, columns):
 
 def test_no_two_tokens_layers_sites_or_keys_share_a_mask():
     calls = [
-        call(whole(key=jax.random.key(seed)), ones(), layer, site) for seed in (0, 1) for layer in (0, 1, 2) for site in (0, 1)
+        call(whole(key=jax.random.key(seed)), ones(), layer, site)
+        for seed in (0, 1)
+        for layer in (0, 1, 2)
+        for site in (0, 1)
     ]
     masks = [np.asarray(y).astype(bool).reshape(-1, EMBED) for y in calls]
     count = 2 * 3 * 2 * BATCH * SEQUENCE

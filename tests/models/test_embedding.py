@@ -74,7 +74,9 @@ def test_the_gradient_of_a_look_up_counts_the_ids():
 def test_logits_are_products_with_the_rows_and_padding_is_minus_infinity(cap, x64):
     config = dataclasses.replace(CONFIG, logit_soft_cap=cap)
     z = embedding.logits(table("float64"), hidden("float64"), config)
-    want = np.array([[[x @ row for row in np.asarray(table("float64"))] for x in row] for row in np.asarray(hidden("float64"))])
+    want = np.array(
+        [[[x @ row for row in np.asarray(table("float64"))] for x in row] for row in np.asarray(hidden("float64"))]
+    )
     if cap is not None:
         assert np.abs(want).max() > 2 * cap
         want = cap * np.tanh(want / cap)

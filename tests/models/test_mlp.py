@@ -24,7 +24,7 @@ SIZES = {"vocab_size": 67, "num_layers": 3, "d_model": 7, "num_heads": 1, "head_
 
 
 def perturbed(build):
-    """What `build` makes, every parameter drawn at random since biases start at zero and norms at one; and the parameters."""
+    """What `build` makes, with every parameter random, since biases start at zero and norms at one; and these."""
     rng = np.random.default_rng(0)
     graph, state = nnx.split(nnx.eval_shape(build))
     drawn = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), nnx.to_pure_dict(state))
@@ -45,7 +45,9 @@ def test_the_configuration_names_the_activations_that_there_are():
 @pytest.mark.parametrize("activation", BY_HAND)
 def test_an_activation_is_its_formula(activation, x64):
     v = np.linspace(-4, 4, 33)
-    np.testing.assert_allclose(mlp.ACTIVATIONS[activation](jnp.asarray(v)), [BY_HAND[activation](x) for x in v], atol=1e-14)
+    np.testing.assert_allclose(
+        mlp.ACTIVATIONS[activation](jnp.asarray(v)), [BY_HAND[activation](x) for x in v], atol=1e-14
+    )
 
 
 def test_no_activation_passes_for_another():
@@ -62,7 +64,9 @@ def test_the_branch_is_its_formula(gated, activation, x64):
     c = TransformerConfig(mlp=MLP(gated=gated, activation=activation, bias=bias), **SIZES, **WIDE)
     module, p = perturbed(lambda: FeedForward(c, rngs=nnx.Rngs(0)))
     names = {"gate", "up", "down"} if gated else {"up", "down"}
-    assert {name: set(part) for name, part in p.items()} == dict.fromkeys(names, {"kernel", "bias"} if bias else {"kernel"})
+    assert {name: set(part) for name, part in p.items()} == dict.fromkeys(
+        names, {"kernel", "bias"} if bias else {"kernel"}
+    )
     x = np.random.default_rng(1).normal(size=(2, 5, 7))
     np.testing.assert_allclose(jax.jit(module)(jnp.asarray(x)), reference(activation, p, x), rtol=1e-12, atol=1e-12)
 

@@ -18,7 +18,9 @@ def reference(norm, x, scale, bias):
     for row in x.reshape(-1, LENGTH).astype(np.float64):
         centred = row - sum(row) / LENGTH if norm.kind == "layer" else row
         root = np.sqrt(sum(v * v for v in centred) / LENGTH + norm.epsilon)
-        rows.append(centred / root * (1 + scale if norm.one_plus_scale else scale) + (bias if norm.kind == "layer" else 0))
+        rows.append(
+            centred / root * (1 + scale if norm.one_plus_scale else scale) + (bias if norm.kind == "layer" else 0)
+        )
     return np.array(rows).reshape(x.shape)
 
 

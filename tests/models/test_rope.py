@@ -79,7 +79,9 @@ def test_angles_are_positions_times_frequencies(x64):
     np.testing.assert_allclose(sine, np.sin(angles), atol=131_071 * 2.0**-52)
 
 
-@pytest.mark.parametrize("rope", [Rope(), Rope(scaling=SCALING), Rope(theta=50.0, scaling=LinearScaling(factor=3.0))], ids=str)
+@pytest.mark.parametrize(
+    "rope", [Rope(), Rope(scaling=SCALING), Rope(theta=50.0, scaling=LinearScaling(factor=3.0))], ids=str
+)
 def test_a_rotation_is_a_complex_product(rope, x64):
     x, positions = sample(2, 3, 5, HEAD_DIM), np.array([[0, 1, 2, 3, 4], [9, 0, 1, 77, 2]])
     got = apply(rope, x, positions)

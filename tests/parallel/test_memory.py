@@ -100,3 +100,20 @@ def test_init_never_holds_a_full_copy():
     assert full > 50 * 2**20
     assert memory.output_size_in_bytes < 1.01 * full / N
     assert memory.temp_size_in_bytes < 2 * full / N
+
+
+def test_describe_says_what_is_not_split_and_what_a_device_holds():
+    # One bias per head of 3 elements: neither 3 heads nor 3 elements divide by 2.
+    config = sl.TransformerConfig(
+        vocab_size=128, num_layers=3, d_model=32, num_heads=3, head_dim=3, d_ff=48, positions=sl.LearnedPositions(length=8),
+        attention=sl.Attention(bias=True),
+    )  # fmt: skip
+    trainer = sl.Trainer(config, sl.Layout(fsdp=2), optax.scale_by_adam(), devices=jax.devices()[:2])
+    text = trainer.describe()
+    assert "not split by ZeRO, as no dim divides by fsdp=2: layers/attention/key/bias (3, 3, 3), " in text
+    held = per_device(trainer.init().params).pop()
+    assert (
+        f"{trainer.num_parameters:,} parameters (float32, computing in float32); on each device {held / 1e6:.2f} MB"
+        in text
+    )
+    assert "not split" not in sl.Trainer(CONFIG, sl.Layout(fsdp=N)).describe()
