@@ -43,6 +43,7 @@ class Trainer:
         config: as given; where `layout.tensor` does not divide the padded vocabulary, padded further.
         layout: with its sizes filled in.
         mesh: the devices.
+        plan: how every parameter is split; `plan.table` prints the rules.
         abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings.
 
     Raises:
@@ -89,10 +90,13 @@ class Trainer:
         """The sharding of a batch array [batch, sequence]."""
         return NamedSharding(self.mesh, self.plan.batch_spec())
 
-    def describe(self) -> str:
+    def describe(self, *, parameters: bool = False) -> str:
         """What the layout does to this model, and what its state takes on a device; nothing is allocated for it.
 
         Parameters that ZeRO leaves whole, because none of their dims divides, are named with their size.
+
+        Args:
+            parameters: add a line for each: its path, shape, dims, the spec in which it is stored, and bytes per device.
         """
         config, whole = self.config, []
         if self.plan.table.zero_axes:
@@ -106,6 +110,16 @@ class Trainer:
             f"{self.num_parameters:,} parameters ({config.param_dtype}, computing in {config.dtype}); on each device "
             f"{_megabytes(held['params'])} of parameters and {_megabytes(held['opt_state'])} of optimizer state"
         )
+        if parameters:
+            rows = [("parameter", "shape", "dims", "stored as", "bytes per device")]
+            for path, leaf in engines.flatten(self.abstract_state.params).items():
+                dims = ", ".join(str(dim) for dim in self.plan.splits[path].dims)
+                spec = f"P({', '.join(map(repr, leaf.sharding.spec))})"
+                rows.append((path, str(leaf.shape), dims, spec, f"{_bytes_per_device(leaf):,}"))
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            lines += [
+                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+            ]
         return "\n".join(lines)
 
     def init(self) -> TrainState:
@@ -114,8 +128,7 @@ class Trainer:
         The values depend on the seed alone, not on the layout, and the parameters are those of
         `Transformer(config, rngs=nnx.Rngs(seed))`.
         """
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        return jax.jit(lambda: states.init(self.plan, self.optimizer, self.seed), out_shardings=shardings)()
+        return self._init()
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update. The state is donated: its arrays are gone afterwards, use those that are returned.
@@ -248,6 +261,11 @@ class Trainer:
         shards = self.layout.batch_shards
         held = batches_.local_rows(self.batch_sharding, shards)
         return rows * shards // (held.stop - held.start)
+
+    @cached_property
+    def _init(self):
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        return jax.jit(lambda: states.init(self.plan, self.optimizer, self.seed), out_shardings=shardings)
 
     @cached_property
     def _step(self):
