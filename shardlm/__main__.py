@@ -33,7 +33,12 @@ def train(options: argparse.Namespace) -> int:
     """`python -m shardlm train`: print the plan, train, evaluate, and show a sample."""
     layout = _start_devices(options.layout)
     config = _config(options)
-    layout.check(config, options.batch_size, options.sequence)  # before the text is read, which may take long
+    # Before the text is read, which may take long.
+    layout.check(config, options.batch_size, options.sequence)
+    if config.max_sequence is not None and options.sequence > config.max_sequence:
+        raise ValueError(
+            f"sequence={options.sequence}, but {options.preset} has {config.max_sequence} learned positions"
+        )
     data = sl.data.load(
         options.data,
         options.tokenizer,

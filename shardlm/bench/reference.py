@@ -5,8 +5,12 @@ one `jax.jit` with the state donated runs forward, backward and the Optax update
 (arXiv:2302.13971) with grouped key/value heads (arXiv:2305.13245): RMSNorm before each branch, rotary positions,
 SwiGLU, a head of its own.
 
-Shape letters: Batch, Sequence, Embed, Query heads, Kv heads, Group, head Dim, Vocabulary, Layer,
-Feed-forward width.
+Products with weights are of two matrices, all tokens of the batch in one dim. With batch and sequence apart, a weight's
+gradient sums over two dims, and XLA's CPU backend transposes an operand for that, element by element: a small model's
+step takes half as long again.
+
+Shape letters: Batch, Sequence, Tokens (batch times sequence), Embed, Query heads, Kv heads, Group, head Dim,
+Vocabulary, Layer, Feed-forward width.
 """
 
 from collections.abc import Callable, Mapping
@@ -82,7 +86,8 @@ def logits(params: Mapping[str, Any], tokens: Array, model: Model) -> Array:
     x_BSE, _ = jax.lax.scan(lambda x, layer: (_block(x, layer, rotation, model), None), x_BSE, params["layers"])
     h_BSE = _norm(x_BSE, params["final_norm"]["scale"], model)
     table_VE = params["head"]["table"].astype(model.dtype)
-    z_BSV = jnp.einsum("bse,ve->bsv", h_BSE, table_VE, preferred_element_type=wide)
+    h_TE = h_BSE.reshape(-1, h_BSE.shape[-1])
+    z_BSV = jnp.einsum("te,ve->tv", h_TE, table_VE, preferred_element_type=wide).reshape(*tokens.shape, -1)
     if z_BSV.shape[-1] == model.vocab_size:
         return z_BSV
     return jnp.where(jnp.arange(z_BSV.shape[-1]) < model.vocab_size, z_BSV, -jnp.inf)
@@ -94,27 +99,30 @@ def _block(x_BSE: Array, layer: Mapping[str, Any], rotation: tuple[Array, Array]
     x_BSE = x_BSE + _attention(h_BSE, {name: w["kernel"] for name, w in weights["attention"].items()}, rotation, model)
     h_BSE = _norm(x_BSE, layer["mlp_norm"]["scale"], model)
     gate, up, down = (weights["mlp"][name]["kernel"] for name in ("gate", "up", "down"))
-    return x_BSE + (jax.nn.silu(h_BSE @ gate) * (h_BSE @ up)) @ down
+    h_TE = h_BSE.reshape(-1, h_BSE.shape[-1])
+    return x_BSE + ((jax.nn.silu(h_TE @ gate) * (h_TE @ up)) @ down).reshape(x_BSE.shape)
 
 
 def _attention(h_BSE: Array, w: Mapping[str, Array], rotation: tuple[Array, Array], model: Model) -> Array:
-    scale = w["query"].shape[-1] ** -0.5
+    b, s, e = h_BSE.shape
+    d = w["query"].shape[-1]
+    h_TE = h_BSE.reshape(-1, e)
+    q, k, v = ((h_TE @ w[name].reshape(e, -1)).reshape(b, s, -1, d) for name in ("query", "key", "value"))
     if model.cudnn:
-        q, k, v = (jnp.einsum("bse,ehd->bshd", h_BSE, w[name]) for name in ("query", "key", "value"))
         cosine, sine = (t[:, None] for t in rotation)
         q, k = _rotate(q, cosine, sine), _rotate(k, cosine, sine)
-        o = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
-        return jnp.einsum("bshd,hde->bse", o, w["output"])
-    # Heads ahead of the sequence: on CPU these products take half the time of those in the kernel's order above.
-    q, k, v = (jnp.einsum("bse,ehd->bhsd", h_BSE, w[name]) for name in ("query", "key", "value"))
-    q_BQSD, k_BKSD = _rotate(q, *rotation), _rotate(k, *rotation)
-    q_BKGSD = q_BQSD.reshape(k.shape[0], k.shape[1], -1, *k.shape[2:])
-    wide = jnp.promote_types(model.dtype, jnp.float32)
-    scores = scale * jnp.einsum("bkgqd,bksd->bkgqs", q_BKGSD, k_BKSD, preferred_element_type=wide)
-    causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-    probabilities = jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(wide).min), axis=-1).astype(model.dtype)
-    o_BQSD = jnp.einsum("bkgqs,bksd->bkgqd", probabilities, v).reshape(q_BQSD.shape)
-    return jnp.einsum("bhsd,hde->bse", o_BQSD, w["output"])
+        o = jax.nn.dot_product_attention(q, k, v, scale=d**-0.5, is_causal=True, implementation="cudnn")
+    else:
+        # Heads ahead of the sequence: on CPU these products take half the time of those in the kernel's order above.
+        q_BQSD, k_BKSD, v_BKSD = (x.swapaxes(1, 2) for x in (q, k, v))
+        q_BQSD, k_BKSD = _rotate(q_BQSD, *rotation), _rotate(k_BKSD, *rotation)
+        q_BKGSD = q_BQSD.reshape(b, k_BKSD.shape[1], -1, s, d)
+        wide = jnp.promote_types(model.dtype, jnp.float32)
+        scores = d**-0.5 * jnp.einsum("bkgqd,bksd->bkgqs", q_BKGSD, k_BKSD, preferred_element_type=wide)
+        causal = jnp.tril(jnp.ones((s, s), bool))
+        p = jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(wide).min), axis=-1).astype(model.dtype)
+        o = jnp.einsum("bkgqs,bksd->bkgqd", p, v_BKSD).reshape(q_BQSD.shape).swapaxes(1, 2)
+    return (o.reshape(b * s, -1) @ w["output"].reshape(-1, e)).reshape(b, s, e)
 
 
 def _norm(x: Array, scale: Array, model: Model) -> Array:

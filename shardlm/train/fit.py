@@ -238,13 +238,14 @@ class _Loop:
         # Saving takes all processes, at the same step; and a step that failed half-way has used up its state.
         if jax.process_count() > 1 or self.state.step.is_deleted():
             return
-        try:
-            self._save(self.done)
-            self.checkpoints.wait()
-        except Exception as second:
-            self.progress.message(f"stopped; step {self.done} is not saved: {second}")
-        else:
-            self.progress.message(f"stopped: step {self.done} is saved in {self.options.checkpoint_dir}")
+        with uninterrupted():
+            try:
+                self._save(self.done)
+                self.checkpoints.wait()
+            except Exception as second:
+                self.progress.message(f"stopped; step {self.done} is not saved: {second}")
+            else:
+                self.progress.message(f"stopped: step {self.done} is saved in {self.options.checkpoint_dir}")
 
     @contextmanager
     def _untimed(self) -> Iterator[None]:

@@ -2,27 +2,31 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_ONE_PRESS = 1.0  # seconds
+
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block ends; pressed a second time, it interrupts the block.
+    """Hold Ctrl-C back until the block ends; pressed again a second later or more, it interrupts the block.
 
-    A step donates its state: an interruption between that and the new state's assignment would leave neither.
+    A step donates its state: an interruption between that and the new state's assignment would leave neither. Two
+    signals at once are one Ctrl-C, which the terminal has sent to all of its processes, and a launcher has passed on.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGINT) is None:
         yield  # signals are delivered to the main thread, or handled outside of Python
         return
-    held: list[int] = []
+    held: list[float] = []
 
     def hold(number: int, frame: Any) -> None:
-        if held:
+        held.append(time.monotonic())
+        if held[-1] - held[0] >= _ONE_PRESS:
             signal.default_int_handler(number, frame)
-        held.append(number)
 
     before = signal.signal(signal.SIGINT, hold)
     try:

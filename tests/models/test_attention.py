@@ -67,8 +67,9 @@ def run(q, k, v, segments=None, window=None, soft_cap=None, dtype="float64"):
     return attention(*(jnp.asarray(x, dtype) for x in (q, k, v)))
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "kv_heads"), [*((case, 2) for case in CASES), ("plain", 1), ("plain", 6), ("all", 1), ("all", 6)]
+)
 def test_attention_is_a_softmax_over_the_keys_seen(case, kv_heads, x64):
     q, k, v = sample(kv_heads)
     got = run(q, k, v, **CASES[case])
@@ -259,4 +260,11 @@ def test_dims_are_named_by_meaning(x64):
     want |= {"output/kernel": ((6, 4, 7), ("head", "head_dim", "embed")), "output/bias": ((7,), ("embed",))}
     want |= {f"{name}/scale": ((4,), ("head_dim",)) for name in ("query_norm", "key_norm")}
     assert named == want
-    assert set(dims_of(config())) == {f"{name}/kernel" for name in ("query", "key", "value", "output")}
+
+
+def test_what_is_not_asked_for_is_not_there(x64):
+    kernels = {f"{name}/kernel" for name in ("query", "key", "value", "output")}
+    assert set(dims_of(config())) == kernels
+    assert set(dims_of(config(bias=True))) == kernels | {"query/bias", "key/bias", "value/bias"}
+    assert set(dims_of(config(output_bias=True))) == kernels | {"output/bias"}
+    assert set(dims_of(config(qk_norm=True))) == kernels | {"query_norm/scale", "key_norm/scale"}

@@ -90,8 +90,7 @@ def test_a_layer_counted_by_a_traced_number_is_the_same_layer():
     assert (traced != whole()(ones(), layer=1, site=1)).any()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_mask_and_the_dtype_do_not_depend_on_each_other(dtype):
-    y = call(whole(), ones().astype(dtype))
-    assert y.dtype == dtype
+def test_the_mask_and_the_dtype_do_not_depend_on_each_other():
+    y = call(whole(), ones().astype("bfloat16"))
+    assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y == 0, call(whole(), ones()) == 0)

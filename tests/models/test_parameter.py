@@ -14,15 +14,15 @@ from shardlm.models import parameter
 SHAPE = (24, 40)
 
 
-def draw(dtype="float32", seed=0, std=0.5, shape=SHAPE):
+def draw(dtype="float32", seed=0, std=0.3, shape=SHAPE):
     return parameter.normal(nnx.Rngs(seed), ("embed", "mlp"), shape, std, dtype)
 
 
 def test_a_normal_draw_has_the_deviation_asked_for():
     value = np.asarray(draw(shape=(100, 60))[...])
     # Of 6000 draws the mean is off by std/sqrt(6000) and the deviation by std/sqrt(12000): within five times that.
-    assert abs(value.mean()) < 5 * 0.5 / math.sqrt(6000)
-    assert abs(value.std() / 0.5 - 1) < 5 / math.sqrt(12_000)
+    assert abs(value.mean()) < 5 * 0.3 / math.sqrt(6000)
+    assert abs(value.std() / 0.3 - 1) < 5 / math.sqrt(12_000)
 
 
 def test_a_draw_is_a_function_of_the_key():
@@ -43,7 +43,8 @@ def test_a_narrow_parameter_is_the_float32_draw_rounded(dtype):
 def test_a_float64_parameter_is_the_float32_draw(x64):
     value = draw("float64")[...]
     assert value.dtype == jnp.float64
-    np.testing.assert_allclose(value, draw()[...], rtol=2.0**-24)
+    # In float32 the deviation and the product with it are rounded, each by half a unit in 24 bits.
+    np.testing.assert_allclose(value, draw()[...], rtol=2.0**-23)
 
 
 def test_a_constant_is_one():

@@ -1,7 +1,5 @@
 """The scan over layers equals a loop over them; how it is executed changes what is kept and not what is computed."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,36 +19,24 @@ X = np.random.default_rng(0).normal(size=(2, WIDTH))
 class Layer(nnx.Module):
     """x -> x + tanh(x W + b), which stands for a block."""
 
-    def __init__(self, *, rngs):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (WIDTH, WIDTH)))
-        self.bias = nnx.Param(jax.random.normal(rngs.params(), (WIDTH,)))
+    def __init__(self, kernel, bias):
+        self.kernel, self.bias = nnx.Param(kernel), nnx.Param(bias)
 
     def __call__(self, x, shift):
         return x + jnp.tanh(x @ self.kernel[...] + self.bias[...] + shift)
 
 
-@nnx.split_rngs(splits=LAYERS)
-@nnx.vmap(in_axes=0, out_axes=0)
-def stacked(rngs):
-    return Layer(rngs=rngs)
-
-
-@functools.cache
 def parameters():
-    return nnx.to_pure_dict(nnx.state(stacked(nnx.Rngs(0))))
-
-
-def module_of(parameters):
-    """Layers that hold these."""
-    graph = nnx.split(nnx.eval_shape(lambda: stacked(nnx.Rngs(0))))[0]
-    return nnx.merge(graph, nnx.State(parameters))
+    rng = np.random.default_rng(1)
+    shapes = {"kernel": (LAYERS, WIDTH, WIDTH), "bias": (LAYERS, WIDTH)}
+    return {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
 
 
 def scanned(parameters, execution=PLAIN):
     def apply(layer, x, inputs):
         return layer(x, inputs["shift"])
 
-    return scan_layers(module_of(parameters), jnp.asarray(X), apply, {"shift": jnp.asarray(SHIFTS)}, execution)
+    return scan_layers(Layer(**parameters), jnp.asarray(X), apply, {"shift": jnp.asarray(SHIFTS)}, execution)
 
 
 def looped(parameters, order=range(LAYERS)):
@@ -69,7 +55,7 @@ def gradient(function):
 def looped_jax(parameters):
     x = jnp.asarray(X)
     for i in range(LAYERS):
-        x = module_of(jax.tree.map(lambda p, i=i: p[i], parameters))(x, SHIFTS[i])
+        x = Layer(parameters["kernel"][i], parameters["bias"][i])(x, SHIFTS[i])
     return x
 
 

@@ -1,7 +1,6 @@
 """A sample is what the model says is likely, token by token, on any layout."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -35,19 +34,19 @@ def cube() -> tuple[sl.Trainer, sl.TrainState]:
 
 
 @pytest.fixture(scope="module")
-def likeliest() -> list[int]:
-    """Twelve tokens after the prompt by the plain module, on the last eight tokens or fewer each time."""
+def logits():
+    """The plain module's logits after the last of at most eight tokens: causality hides what pads them."""
     graph, state = jax.jit(lambda: nnx.split(sl.Transformer(CONFIG, rngs=nnx.Rngs(4))))()
+    model = jax.jit(lambda tokens: nnx.merge(graph, state)(tokens[None])[0])
+    return lambda ids: model(np.array([*ids, *[0] * (WINDOW - len(ids))]))[len(ids) - 1]
 
-    @jax.jit
-    def logits(tokens):
-        return nnx.merge(graph, state)(tokens[None])[0]
 
+@pytest.fixture(scope="module")
+def likeliest(logits) -> list[int]:
+    """Twelve tokens after the prompt, each from the eight before it, or fewer."""
     ids = PROMPT.tolist()
     for _ in range(12):
-        context = ids[-WINDOW:]
-        padded = np.array(context + [0] * (WINDOW - len(context)))  # causality hides the padding
-        ids.append(int(np.argmax(logits(padded)[len(context) - 1])))
+        ids.append(int(np.argmax(logits(ids[-WINDOW:]))))
     return ids[len(PROMPT) :]
 
 
@@ -71,15 +70,11 @@ def test_drawn_tokens_are_the_same_on_another_layout(one, cube):
     assert other.tolist() != found[0]
 
 
-def test_a_draw_is_from_the_softmax_of_logits_over_temperature(one):
-    trainer, state = one
-    draws = [
-        int(sl.sample(trainer, state, PROMPT, tokens=1, window=WINDOW, temperature=t, seed=2)[0]) for t in (0.7, 3.0)
-    ]
-    model = sl.Transformer(CONFIG, rngs=nnx.Rngs(4))
-    logits = jax.jit(lambda tokens: model(tokens)[0, len(PROMPT) - 1])(jnp.asarray(PROMPT)[None])
+@pytest.mark.parametrize("temperature", [0.7, 3.0])
+def test_a_draw_is_from_the_softmax_of_logits_over_temperature(one, logits, temperature):
+    found = sl.sample(*one, PROMPT, tokens=1, window=WINDOW, temperature=temperature, seed=2)
     key = jax.random.split(jax.random.key(2), 1)[0]
-    assert draws == [int(jax.random.categorical(key, logits / t)) for t in (0.7, 3.0)]
+    assert int(found[0]) == int(jax.random.categorical(key, logits(PROMPT) / temperature))
 
 
 def test_a_prompt_longer_than_the_window_counts_by_its_end(one):
