@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from shardlm.models.config import Norm, TransformerConfig
-from shardlm.models.mlp import Kernel
+from shardlm.models.kernel import Kernel, tokenwise
 from shardlm.models.norm import Normalize
 from shardlm.models.rope import rotate
 from shardlm.parallel import tensor
@@ -119,7 +119,7 @@ class SelfAttention(nnx.Module):
         """
         c = self.config
         h = tensor.enter(x)
-        q = _heads(self.query.kernel[...], self.query.bias, h)
+        q = self.query(h).swapaxes(1, 2)
         held = q.shape[1]
         k = self._kv_heads(self.key, h, held)
         v = self._kv_heads(self.value, h, held)
@@ -132,16 +132,11 @@ class SelfAttention(nnx.Module):
             o = attend_cudnn(q, k, v, visibility, scale)
         else:
             o = attend(q, k, v, visibility, scale, c.attention.soft_cap)
-        y = tensor.leave(self.output.product("bhsd,hde->bse", o), like=x)
-        return y if self.output.bias is None else y + self.output.bias[...].astype(y.dtype)
+        return self.output.add_bias(tensor.leave(self.output.product(o.swapaxes(1, 2), dims=2), like=x))
 
     def _kv_heads(self, projection: Kernel, h: Array, query_heads: int) -> Array:
         group = self.config.num_heads // self.config.num_kv_heads
-        kernel = tensor.own_kv_heads(projection.kernel[...], 1, query_heads, group)
-        bias = projection.bias
-        return _heads(kernel, None if bias is None else tensor.own_kv_heads(bias[...], 0, query_heads, group), h)
-
-
-def _heads(kernel: Array, bias: nnx.Param | Array | None, h: Array) -> Array:
-    y = jnp.einsum("bse,ehd->bhsd", h, kernel.astype(h.dtype))
-    return y if bias is None else y + bias[...][:, None, :].astype(y.dtype)
+        y = tokenwise(h, tensor.own_kv_heads(projection.kernel[...], 1, query_heads, group))
+        if projection.bias is not None:
+            y = y + tensor.own_kv_heads(projection.bias[...], 0, query_heads, group).astype(y.dtype)
+        return y.swapaxes(1, 2)

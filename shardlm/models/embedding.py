@@ -40,7 +40,9 @@ def logits(table: Array, x: Array, config: TransformerConfig) -> Array:
     At least float32, soft-capped where configured.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    z = jnp.einsum("bse,ve->bsv", x, table.astype(x.dtype), preferred_element_type=wide)
+    flat = x.reshape(-1, x.shape[-1])  # one product of matrices, as in `kernel.tokenwise`
+    z = jnp.einsum("te,ve->tv", flat, table.astype(x.dtype), preferred_element_type=wide)
+    z = z.reshape(*x.shape[:-1], table.shape[0])
     if config.logit_soft_cap is not None:
         z = config.logit_soft_cap * jnp.tanh(z / config.logit_soft_cap)
     if config.padded_vocab_size != config.vocab_size:

@@ -49,7 +49,7 @@ def _config(changes: dict[str, Any], **fields: Any) -> TransformerConfig:
 def tiny(**changes: Any) -> TransformerConfig:
     """A Llama of 0.8 million parameters for the byte tokenizer, in float32: it learns text on two CPU cores (ours)."""
     sizes = {"vocab_size": 257, "num_layers": 4, "d_model": 128, "num_heads": 4, "num_kv_heads": 2, "d_ff": 384}
-    return _config({"dtype": "float32"} | changes, **sizes)
+    return _config({"dtype": "float32", "init_std": 0.06, "vocab_multiple": 8} | changes, **sizes)
 
 
 # GPT-2: Radford et al. 2019, Language Models are Unsupervised Multitask Learners, Table 2

@@ -96,7 +96,7 @@ class Trainer:
         Parameters that ZeRO leaves whole, because none of their dims divides, are named with their size.
 
         Args:
-            parameters: add a line for each: its path, shape, dims, the spec in which it is stored, and bytes per device.
+            parameters: add a line for each: path, shape, dims, the spec in which it is stored, and bytes per device.
         """
         config, whole = self.config, []
         if self.plan.table.zero_axes:
