@@ -24,8 +24,8 @@ class Norm:
     after: bool = False
 
     def __post_init__(self):
-        if self.kind not in ("rms", "layer"):
-            raise ValueError(f"Norm: kind={self.kind!r}; it is one of 'rms', 'layer'")
+        problems = [] if self.kind in ("rms", "layer") else [f"kind={self.kind!r}; it is one of 'rms', 'layer'"]
+        _raise("Norm", problems + _not_positive(self, "epsilon"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,9 @@ class LinearScaling:
     """RoPE position interpolation: every frequency divided by `factor` (arXiv:2306.15595)."""
 
     factor: float
+
+    def __post_init__(self):
+        _raise("LinearScaling", _not_positive(self, "factor"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,13 @@ class Llama3Scaling:
     high_frequency_factor: float = 4.0
     original_length: int = 8192
 
+    def __post_init__(self):
+        low, high = "low_frequency_factor", "high_frequency_factor"
+        problems = _not_positive(self, "factor", low, high, "original_length")
+        if not problems and self.low_frequency_factor >= self.high_frequency_factor:
+            problems.append(f"{low}={self.low_frequency_factor} is not below {high}={self.high_frequency_factor}")
+        _raise("Llama3Scaling", problems)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
@@ -59,12 +69,19 @@ class Rope:
     theta: float = 10_000.0
     scaling: LinearScaling | Llama3Scaling | None = None
 
+    def __post_init__(self):
+        _raise("Rope", _not_positive(self, "theta"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedPositions:
     """A table of `length` learned position vectors added to the embeddings (GPT-2)."""
 
     length: int
+
+    def __post_init__(self):
+        if not _positive(self.length):
+            raise ValueError(f"LearnedPositions: length={self.length!r}; it is a positive integer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +114,10 @@ class Attention:
             problems.append(f"implementation={self.implementation!r}; it is one of 'xla', 'cudnn'")
         if self.implementation == "cudnn" and self.soft_cap is not None:
             problems.append("the cudnn kernel has no soft cap: use implementation='xla', or soft_cap=None")
-        if not self.windows or any(w is not None and w < 1 for w in self.windows):
-            problems.append(f"windows={self.windows}; it is a non-empty tuple of positive token counts or None")
-        if self.soft_cap is not None and self.soft_cap <= 0:
-            problems.append(f"soft_cap={self.soft_cap}; it is positive, or None")
-        _raise("Attention", problems)
+        fine = isinstance(self.windows, tuple) and all(w is None or _positive(w) for w in self.windows)
+        if not fine or not self.windows:
+            problems.append(f"windows={self.windows!r}; it is a non-empty tuple of positive token counts or None")
+        _raise("Attention", problems + _not_positive(self, "scale", "soft_cap", or_none=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +184,8 @@ class TransformerConfig:
             if not _positive(value := getattr(self, name))
         ]
         _raise("TransformerConfig", problems)
-        if self.head_dim is None and self.d_model % self.num_heads:
+        divides = self.head_dim is not None or self.d_model % self.num_heads == 0
+        if not divides:
             problems.append(
                 f"head_dim is not given and d_model={self.d_model} does not divide by num_heads={self.num_heads}: "
                 "give head_dim, or change one of them"
@@ -186,7 +203,7 @@ class TransformerConfig:
         if _positive(self.num_kv_heads) and self.num_heads % self.num_kv_heads:
             legal = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             problems.append(f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: use {legal}")
-        if isinstance(self.positions, Rope) and _positive(self.head_dim) and self.head_dim % 2:
+        if isinstance(self.positions, Rope) and _positive(self.head_dim) and self.head_dim % 2 and divides:
             problems.append(f"head_dim={self.head_dim} is odd, and RoPE rotates pairs: make it even")
         if self.local_positions is not None and not isinstance(self.positions, Rope):
             problems.append("local_positions needs RoPE in positions too")
@@ -194,6 +211,7 @@ class TransformerConfig:
             problems.append("local_positions is for layers with a sliding window, and attention.windows has none")
         if not 0.0 <= self.dropout < 1.0:
             problems.append(f"dropout={self.dropout}; it is at least 0 and below 1")
+        problems += _not_positive(self, "embedding_scale", "logit_soft_cap", or_none=True)
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16", "float64", "float16"):
                 problems.append(f"{name}={getattr(self, name)!r}; it is one of float32, bfloat16, float16, float64")
@@ -259,6 +277,13 @@ def _from_dict(value: Any) -> Any:
 
 def _positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _not_positive(part: Any, *names: str, or_none: bool = False) -> list[str]:
+    """A problem for each of these fields that is not a positive number."""
+    values = {name: getattr(part, name) for name in names}
+    wrong = {n: v for n, v in values.items() if not (isinstance(v, int | float) and v > 0 or or_none and v is None)}
+    return [f"{name}={value!r}; it is positive{', or None' * or_none}" for name, value in wrong.items()]
 
 
 def _raise(what: str, problems: list[str]) -> None:

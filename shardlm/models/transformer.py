@@ -164,7 +164,9 @@ class Transformer(nnx.Module):
             x = x * jnp.asarray(c.embedding_scale, dtype)
         if self.positions is not None:
             places = tensor.split_sequence(positions) if split else positions
-            x = x + self.positions.table[...][places].astype(dtype)
+            rows = self.positions.table[...][places].astype(dtype)
+            known = (places >= 0) & (places < self.positions.table.shape[0])
+            x = x + jnp.where(known[..., None], rows, jnp.nan)  # as for token ids: never a wrong vector
         if dropout is not None:
             if split:
                 dropout = Dropout(

@@ -71,6 +71,11 @@ class Trainer:
             devices = jax.devices()[:1] if layout is None else jax.devices()
         layout = (layout or Layout()).resolve(len(devices))
         layout.check(config)
+        if "float64" in (config.dtype, config.param_dtype) and not jax.config.read("jax_enable_x64"):
+            raise ValueError(
+                f"dtype={config.dtype!r}, param_dtype={config.param_dtype!r}: JAX computes in float64 only after "
+                'jax.config.update("jax_enable_x64", True)'
+            )
         if config.padded_vocab_size % layout.tensor:
             config = dataclasses.replace(config, vocab_multiple=math.lcm(config.vocab_multiple, layout.tensor))
         self.config, self.layout, self.seed, self.engine = config, layout, seed, engine

@@ -304,6 +304,13 @@ def test_a_sequence_longer_than_the_learned_positions(x64):
         model(jnp.zeros((1, 8), jnp.int32))
 
 
+def test_a_position_outside_the_table_gives_nan(x64):
+    positions = POSITIONS.copy()
+    positions[0, 6], positions[1, 0] = SEQUENCE, -1
+    got = logits("gpt-2", segments=SEGMENTS, positions=positions)
+    assert np.isnan(got[0, 6]).all() and np.isnan(got[1, 0]).all()
+
+
 def test_dropout_acts_on_the_embeddings_and_on_every_branch_by_a_mask_of_its_own(x64):
     c, p = FAMILIES["gpt-2"], jax.tree.map(np.asarray, random_parameters(FAMILIES["gpt-2"]))
     draws = Dropout(0.3, jax.random.key(0), jnp.arange(BATCH), jnp.arange(SEQUENCE))

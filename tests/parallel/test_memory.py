@@ -105,8 +105,8 @@ def test_init_never_holds_a_full_copy():
 def test_describe_says_what_is_not_split_and_what_a_device_holds():
     # One bias per head of 3 elements: neither 3 heads nor 3 elements divide by 2.
     config = sl.TransformerConfig(
-        vocab_size=128, num_layers=3, d_model=32, num_heads=3, head_dim=3, d_ff=48, positions=sl.LearnedPositions(length=8),
-        attention=sl.Attention(bias=True),
+        vocab_size=128, num_layers=3, d_model=32, num_heads=3, head_dim=3, d_ff=48,
+        positions=sl.LearnedPositions(length=8), attention=sl.Attention(bias=True),
     )  # fmt: skip
     trainer = sl.Trainer(config, sl.Layout(fsdp=2), optax.scale_by_adam(), devices=jax.devices()[:2])
     text = trainer.describe()

@@ -310,3 +310,9 @@ def test_factored_moments_are_split_as_the_dims_that_are_left():
     rows = next(spec for path, spec in specs.items() if path.endswith("v_row/layers/mlp/up/kernel"))
     columns = next(spec for path, spec in specs.items() if path.endswith("v_col/layers/mlp/up/kernel"))
     assert {rows, columns} == {P(None, "fsdp"), P(None, "tensor")}  # of [layer, embed over fsdp, mlp over tensor]
+
+
+def test_float64_needs_x64():
+    config = sl.TransformerConfig(vocab_size=67, num_layers=1, d_model=16, num_heads=4, dtype="float64")
+    with jax.enable_x64(False), pytest.raises(ValueError, match="only after jax.config.update"):
+        sl.Trainer(config)
