@@ -19,7 +19,7 @@ from shardlm.layout import Axis
 
 NAMES = ("none", "dots", "full")
 _WEIGHT_AXES = frozenset({Axis.DATA, Axis.FSDP, Axis.EXPERT})
-_MARKS = frozenset({"pcast", "pvary"})  # change the type, not the value
+_FREE = frozenset({"pcast", "pvary", "reshape"})  # kept, such a result of a whole weight would be the weight itself
 _COLLECTIVES = frozenset({"all_gather", "psum", "psum_invariant", "reduce_scatter"})
 
 
@@ -37,7 +37,7 @@ def policy(name: str) -> Callable[..., bool]:
 def _makes_weights(primitive: Any, options: dict[str, Any]) -> bool:
     if primitive.name == "custom_vjp_call":  # `zero.use` is one, seen as a whole
         return any(not _WEIGHT_AXES.isdisjoint(_axes(equation.params)) for equation in _equations(options))
-    return primitive.name in _MARKS
+    return primitive.name in _FREE
 
 
 def _keeps_products(primitive: Any, *avals: Any, **options: Any) -> bool:
