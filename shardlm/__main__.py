@@ -57,12 +57,12 @@ def train(options: argparse.Namespace) -> int:
         held_out = [epoch[i] for i in range(min(options.evaluate_batches, len(epoch)))]
 
     say = print if jax.process_index() == 0 else _silent
-    say(trainer.layout.describe(trainer.config))
-    say(f"model: {_describe(config)}, {trainer.num_parameters:,} parameters")
+    say(f"{trainer.describe()}\n")
+    say(f"model: {_describe(config)}")
     say(f"data: {data}")
     epochs = options.steps / data.train.steps_per_epoch
     run = f"{options.steps} steps of {options.batch_size} x {options.sequence} tokens, {epochs:.2f} epochs"
-    say(f"run: {run}, {config.param_dtype} parameters, computing in {config.dtype}\n", flush=True)
+    say(f"run: {run}\n", flush=True)
 
     state = trainer.fit(
         batches,
