@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ class Trainer:
         The values depend on the seed alone, not on the layout, and the parameters are those of
         `Transformer(config, rngs=nnx.Rngs(seed))`.
         """
-        return self._init()
+        return self._run(self._init)
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update. The state is donated: its arrays are gone afterwards, use those that are returned.
@@ -149,7 +149,7 @@ class Trainer:
         Raises:
             ValueError: something is wrong with the batch.
         """
-        return self._step(state, self.place(batch))
+        return self._run(self._step, state, self.place(batch))
 
     def loss_and_grads(self, state: TrainState, batch: Batch) -> tuple[Array, Parameters]:
         """The mean loss and its gradients with respect to `state.params`, under the step's dropout masks; no update.
@@ -158,7 +158,7 @@ class Trainer:
             A scalar, and a nested dict like `state.params` of global arrays, split as the optimizer state is (over
             fsdp at every ZeRO level).
         """
-        return self._loss_and_grads(state, self.place(batch))
+        return self._run(self._loss_and_grads, state, self.place(batch))
 
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
         """Mean loss over all tokens of `batches`, without dropout; weights count as in training.
@@ -169,7 +169,7 @@ class Trainer:
         Raises:
             ValueError: there is no batch, or no weight in any of them.
         """
-        sums = [self._evaluate(state.params, self.place(batch, may_be_empty=True)) for batch in batches]
+        sums = [self._run(self._evaluate, state.params, self.place(batch, may_be_empty=True)) for batch in batches]
         total, weight = (
             (math.fsum(float(x) for x in column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
         )
@@ -259,6 +259,17 @@ class Trainer:
             checkpoint_dir, checkpoint_every, keep, log_every, held_out, evaluate_every, log_dir, tensorboard, verbose
         )
         return fit(self, batches, steps, state, options)
+
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a compiled function; on several CPU devices, return when its result is there.
+
+        XLA's CPU backend runs all devices on one small pool of threads, in which each collective blocks a thread until
+        its peers arrive. With several programs in flight the peers may find no thread, and all wait for ever.
+        """
+        result = function(*arguments)
+        if self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu":
+            jax.block_until_ready(result)
+        return result
 
     def _global_rows(self, rows: int) -> int:
         if jax.process_count() == 1:

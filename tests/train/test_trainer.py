@@ -316,3 +316,15 @@ def test_float64_needs_x64():
     config = sl.TransformerConfig(vocab_size=67, num_layers=1, d_model=16, num_heads=4, dtype="float64")
     with jax.enable_x64(False), pytest.raises(ValueError, match="only after jax.config.update"):
         sl.Trainer(config)
+
+
+def test_programs_do_not_overlap_on_fake_devices():
+    """Several collective programs in flight can wait for one another for ever on the CPU's threads."""
+    config = sl.TransformerConfig(vocab_size=67, num_layers=1, d_model=16, num_heads=4, vocab_multiple=8)
+    trainer = sl.Trainer(config, sl.Layout(data=8))
+    batch = {name: np.zeros((8, 4), np.int32) for name in ("tokens", "targets")}
+    state = trainer.init()
+    assert all(leaf.is_ready() for leaf in jax.tree.leaves(state))
+    results = trainer.loss_and_grads(state, batch)
+    assert all(leaf.is_ready() for leaf in jax.tree.leaves(results))
+    assert all(leaf.is_ready() for leaf in jax.tree.leaves(trainer.step(state, batch)))
