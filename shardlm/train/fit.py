@@ -1,6 +1,7 @@
 """The training loop: batches in order, metrics out, evaluation, checkpoints, resumption, and the reasons to stop."""
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -87,11 +88,12 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
         state = checkpoints.restore(latest, trainer)
     state = trainer.init() if state is None else state
     start = int(state.step)
+    log_dir = options.log_dir or directory
     with Progress(
         total=steps,
         start=start,
         log_every=options.log_every,
-        directory=options.log_dir or directory,
+        directory=None if log_dir is None else os.path.expanduser(log_dir),  # as the checkpoints' is
         tensorboard=options.tensorboard,
         enabled=jax.process_index() == 0 and options.verbose,
     ) as progress:
@@ -143,11 +145,12 @@ class _Loop:
                     raise ValueError(
                         f"the batches ended after {step - 1} steps of {self.steps}: give more, or fewer steps"
                     )
-                self._step(step, batch, first=step == start + 1)
-                self.progress.advance(step)
+                with uninterrupted():
+                    self._step(step, batch, first=step == start + 1)
+                    self.progress.advance(step)
+                    if self.progress.due(step):
+                        self._log(step, batch)
                 last = step == self.steps
-                if self.progress.due(step):
-                    self._log(step, batch)
                 if options.held_out is not None and (last or _due(step, options.evaluate_every)):
                     self._evaluate(step)
                 if last or _due(step, options.checkpoint_every):
@@ -164,9 +167,8 @@ class _Loop:
     def _step(self, step: int, batch: Any, first: bool) -> None:
         began = time.perf_counter()
         try:
-            with uninterrupted():
-                self.state, metrics = self.trainer.step(self.state, batch)
-                self.done = step
+            self.state, metrics = self.trainer.step(self.state, batch)
+            self.done = step
         except (TypeError, ValueError) as error:
             error.add_note(f"This is the batch of step {step}.")
             raise

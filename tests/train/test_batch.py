@@ -156,6 +156,14 @@ def test_positions_beyond_the_learned_ones(learned):
         learned.place({name: np.zeros((ROWS, 9), np.int32) for name in ("tokens", "targets")})
 
 
+def test_positions_beyond_the_learned_ones_in_a_placed_batch_make_the_loss_nan(learned):
+    placed = learned.place(make_batch(positions=np.arange(SEQUENCE)[None] + np.zeros((ROWS, 1), int)))
+    state = learned.init()
+    assert np.isfinite(learned.evaluate(state, [placed])["loss"])
+    for bad in (-1, SEQUENCE):
+        assert np.isnan(learned.evaluate(state, [spoilt(learned, placed, "positions", bad)])["loss"])
+
+
 def test_rotary_positions_have_no_limit(trainer):
     assert int(trainer.place(make_batch(positions=np.full((ROWS, SEQUENCE), 10**6)))["positions"].max()) == 10**6
 
@@ -221,6 +229,13 @@ def test_a_source_may_fill_its_buffers_again(trainer):
             assert (np.asarray(placed["weights"]) == 1).all()
 
 
+def spoilt(trainer: sl.Trainer, placed: dict, name: str, bad: int) -> dict:
+    """The batch with one value changed behind the trainer's back."""
+    values = np.array(placed[name])
+    values[2, 5] = bad
+    return placed | {name: jax.device_put(values, trainer.batch_sharding)}
+
+
 @pytest.mark.parametrize("name", ["tokens", "targets"])
 @pytest.mark.parametrize("bad", [-1, VOCABULARY, 71, 72, 10**6])  # 71 is the table's last row, padding
 def test_ids_outside_the_vocabulary_in_a_placed_batch_make_the_loss_nan(trainer, state, name, bad):
@@ -234,12 +249,6 @@ def test_they_make_the_loss_of_a_step_nan_too(trainer, state, name):
     wrong = spoilt(trainer, trainer.place(make_batch()), name, 71)
     loss, _ = trainer.loss_and_grads(state, wrong)
     assert np.isnan(float(loss))
-
-
-def spoilt(trainer: sl.Trainer, placed: dict, name: str, bad: int) -> dict:
-    ids = np.array(placed[name])
-    ids[2, 5] = bad
-    return placed | {name: jax.device_put(ids, trainer.batch_sharding)}
 
 
 def test_one_process_reads_all_rows(trainer):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import io
 import itertools
 import json
@@ -47,10 +46,7 @@ BAD_TOKENS = np.full((ROWS, SEQUENCE), VOCABULARY)
 
 def make_trainer(layout: sl.Layout, config=CONFIG, optimizer=None) -> sl.Trainer:
     optimizer = optimizer or sl.adamw(1e-2, steps=STEPS, warmup=1)
-    trainer = sl.Trainer(config, layout, optimizer, devices=jax.devices()[: layout.num_devices])
-    init = functools.cache(trainer.init)  # which compiles anew each time
-    trainer.init = lambda: jax.tree.map(jnp.copy, init())
-    return trainer
+    return sl.Trainer(config, layout, optimizer, devices=jax.devices()[: layout.num_devices])
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +200,14 @@ def test_utilisation_is_logged_where_the_peak_is_known(trainer, tmp_path, monkey
     [line] = records(tmp_path)
     flops = module.model_flops_per_token(trainer.config, SEQUENCE) * ROWS * SEQUENCE
     assert line["utilisation"] == pytest.approx(flops / line["step_time"] / (4 * 1e12))  # of four devices
+
+
+def test_a_home_folder_is_the_users(trainer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    fit(trainer, steps=1, checkpoint_dir="~/run")
+    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == ["1", "metrics.jsonl"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
 
 
 # Sources of batches

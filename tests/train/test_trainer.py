@@ -118,6 +118,14 @@ def test_an_unknown_engine_is_an_error_that_lists_them():
         make_trainer(None, engine="magic")
 
 
+def test_float64_must_be_switched_on():
+    with (
+        jax.enable_x64(False),
+        pytest.raises(ValueError, match="dtype='float64'.*: JAX computes in float64 only after"),
+    ):
+        make_trainer(None)
+
+
 def test_the_default_is_one_device():
     assert list(make_trainer(None).mesh.devices.flat) == jax.devices()[:1]
     fourth = sl.Trainer(CONFIG, devices=jax.devices()[3:4])
