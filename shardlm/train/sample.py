@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm.train import engine
-from shardlm.train.state import TrainState
+from shardlm.train.state import TrainState, check_usable
 
 if TYPE_CHECKING:
     from shardlm.train.trainer import Trainer
@@ -46,6 +46,7 @@ def sample(
     Raises:
         ValueError: an argument is out of range, or the window does not fit the model or its layout.
     """
+    check_usable(state)
     ids = np.asarray(prompt)
     if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
         raise ValueError(f"sample: the prompt is {ids.dtype}{list(ids.shape)}; it is one row of at least one token id")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm.dims import Split
@@ -29,6 +30,15 @@ class TrainState:
     step: Any
     params: Parameters
     opt_state: Any
+
+
+def check_usable(state: TrainState) -> None:
+    """Raise ValueError for a state that a step has used up; on several CPU devices XLA would crash on it."""
+    if isinstance(state.step, Array) and state.step.is_deleted():
+        raise ValueError(
+            "this state was used up by a step, which writes the new state in its place: go on with what the step "
+            "returned, as in `state, metrics = trainer.step(state, batch)`"
+        )
 
 
 def init(plan: Plan, optimizer: optax.GradientTransformation, seed: int) -> TrainState:

@@ -147,8 +147,9 @@ class Trainer:
             the sum of weights; `grad_norm`, before any clipping.
 
         Raises:
-            ValueError: something is wrong with the batch.
+            ValueError: something is wrong with the batch; or the state was used up by another step.
         """
+        states.check_usable(state)
         return self._run(self._step, state, self.place(batch))
 
     def loss_and_grads(self, state: TrainState, batch: Batch) -> tuple[Array, Parameters]:
@@ -158,6 +159,7 @@ class Trainer:
             A scalar, and a nested dict like `state.params` of global arrays, split as the optimizer state is (over
             fsdp at every ZeRO level).
         """
+        states.check_usable(state)
         return self._run(self._loss_and_grads, state, self.place(batch))
 
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
@@ -169,6 +171,7 @@ class Trainer:
         Raises:
             ValueError: there is no batch, or no weight in any of them.
         """
+        states.check_usable(state)
         sums = [self._run(self._evaluate, state.params, self.place(batch, may_be_empty=True)) for batch in batches]
         total, weight = (
             (math.fsum(float(x) for x in column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
@@ -237,13 +240,14 @@ class Trainer:
             batches: batch i is for update i: an object indexed by step (`shardlm.data.Batches`, a list, a Grain
                 dataset), or an iterable, of which a resumed run drops what it has used.
             steps: number of the last update.
-            state: where to start; default `init()`, or the newest checkpoint in `checkpoint_dir`, whatever its layout.
+            state: where to start, which is used up; default `init()`, or the newest checkpoint in `checkpoint_dir`,
+                whatever its layout.
             checkpoint_dir: where checkpoints are saved and found; None saves nothing.
             checkpoint_every: updates between checkpoints; the last update is always saved.
             keep: how many checkpoints stay; None keeps all.
-            log_every: updates between log lines; the finiteness of every update is checked there.
-            held_out: batches to evaluate on at the end, and every `evaluate_every` updates; iterated over anew each
-                time.
+            log_every: updates between log lines; every update is checked for NaN and infinity, logged or not.
+            held_out: batches to evaluate on at the end, and every `evaluate_every` updates: a list, or what else can be
+                read again and has an end.
             log_dir: where metrics.jsonl goes; default `checkpoint_dir`, and nowhere without either.
             tensorboard: write TensorBoard events there too (`pip install 'shardlm[tensorboard]'`).
             verbose: False prints and writes nothing.
@@ -252,8 +256,10 @@ class Trainer:
             The state after the last update.
 
         Raises:
-            NonFiniteLoss: a loss or gradient was NaN or infinite; nothing of it is saved.
+            NonFiniteLoss: a loss, a gradient or a new parameter was NaN or infinite; nothing of it is saved.
             ValueError: the checkpoint is of another model; the batches end early; an option is out of range.
+
+        Ctrl-C and any other error, of the source of batches too, are raised again once the last update is saved.
         """
         options = FitOptions(
             checkpoint_dir, checkpoint_every, keep, log_every, held_out, evaluate_every, log_dir, tensorboard, verbose

@@ -192,6 +192,11 @@ def test_a_step_uses_its_state_up(cube, state):
     old = copy(state)
     new, metrics = cube.step(old, make_batch())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    for call in (cube.step, cube.loss_and_grads, lambda state, batch: cube.evaluate(state, [batch])):
+        with pytest.raises(ValueError, match="this state was used up by a step, .*: go on with what the step returned"):
+            call(old, make_batch())
+    with pytest.raises(ValueError, match="this state was used up by a step"):
+        sl.sample(cube, old, [1], tokens=1, window=SEQUENCE)
     assert int(new.step) == 1
     assert sorted(metrics) == ["grad_norm", "loss", "tokens"]
     assert all(value.shape == () for value in metrics.values())
