@@ -1,6 +1,7 @@
 """Gives every test 8 CPU devices, and ends the run rather than skip a test when they are missing."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 # Before the import, so that the processes that tests start also stay on the CPU.
@@ -22,6 +23,10 @@ def pytest_configure() -> None:
     level 0 halves it. XLA reads its flags once, when the first device is made, so the flag is in the environment until
     then.
     """
+    # A shell starts background jobs with Ctrl-C ignored, and what ignores it passes that on to its children: tests that
+    # send it would then depend on how the tests were started.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     flags = os.environ.get("XLA_FLAGS")
     os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags or ''}"
     try:

@@ -18,8 +18,10 @@ def uninterrupted() -> Iterator[None]:
     signals at once are one Ctrl-C, which the terminal has sent to all of its processes, and a launcher has passed on.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is None:
-        yield  # signals are delivered to the main thread, or handled outside of Python
+    if not in_main_thread or signal.getsignal(signal.SIGINT) in (None, signal.SIG_IGN):
+        # Signals are delivered to the main thread; they may be handled outside of Python, or ignored, as in a shell's
+        # background jobs.
+        yield
         return
     held: list[float] = []
 

@@ -23,6 +23,7 @@ from shardlm.data import Batches
 from shardlm.data.packing import Packed
 from shardlm.train import fit as module
 from shardlm.train import interrupt
+from shardlm.train.interrupt import uninterrupted
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -597,3 +598,14 @@ def test_held_out_batches_without_end_are_refused(trainer):
 def test_numbers_of_numpy_and_one_batch_repeated_are_fine(trainer):
     state, _ = fit(trainer, itertools.repeat(BATCHES[0]), np.int64(3), log_every=np.int32(2))
     assert int(state.step) == 3
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with uninterrupted():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
