@@ -61,8 +61,16 @@ class Plan:
 
     @property
     def has_placeholder(self) -> bool:
-        """Whether autodiff needs a placeholder for the shard: the parameter is stored whole, its gradient split."""
-        return self.per_use and bool(self.split.zero_axes) and not self.split.stored_sharded
+        """Whether autodiff needs a placeholder for the shard, as its gradient is split while the parameter is whole.
+
+        At levels 1 and 2 it is stored whole. At level 3 that is so of the tables, which are gathered once per step.
+        """
+        return self.per_use and bool(self.split.zero_axes) and not (self.split.stored_sharded and self.in_layers)
+
+    @property
+    def in_layers(self) -> bool:
+        """Whether it belongs to the stacked layers, and is used one layer at a time."""
+        return "layer" in self.split.dims
 
 
 def plan(split: Split, layout: Layout, dtype: str) -> Plan:
@@ -86,10 +94,16 @@ def begin(stored: Array, plan: Plan) -> Array:
         return _gather(stored, plan, plan.split.zero_dim)
     if plan.has_placeholder:
         dim, count = plan.split.zero_dim, collectives.size(_axes(plan.split.zero_axes))
+        count = 1 if plan.split.stored_sharded else count
         shape = tuple(n // count if i == dim else n for i, n in enumerate(stored.shape))
         split = [Axis(axis) for axes in (*plan.split.model, plan.split.zero_axes) for axis in axes]
         stored = collectives.mark_varying(jnp.zeros(shape, stored.dtype), split)
     return collectives.mark_varying(stored, _axes(plan.late))
+
+
+def whole(stored: Array, plan: Plan) -> Array:
+    """What `use` takes beside the placeholder: the stored parameter, or what it was gathered to, once per step."""
+    return stored if plan.in_layers else _gather(stored, plan, plan.split.zero_dim)
 
 
 def use(shard: Array, whole: Array | None, plan: Plan) -> Array:
@@ -97,10 +111,10 @@ def use(shard: Array, whole: Array | None, plan: Plan) -> Array:
 
     Args:
         shard: `begin`'s result; in a layer one layer of it, the leading layer dim taken off by the scan.
-        whole: the stored parameter, or one layer of it, where `plan.has_placeholder`; else None.
+        whole: `whole`'s result, or one layer of it, where `plan.has_placeholder`; else None.
         plan: a plan with `per_use`.
     """
-    dim = None if plan.split.zero_dim is None else plan.split.zero_dim - ("layer" in plan.split.dims)
+    dim = None if plan.split.zero_dim is None else plan.split.zero_dim - plan.in_layers
     now = tuple(axis for axis in plan.summed if axis not in plan.late)
 
     @jax.custom_vjp

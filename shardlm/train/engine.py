@@ -4,8 +4,8 @@ Both give functions of (parameters, batch, dropout key) on global arrays, to be 
 
 - manual: one `jax.shard_map` over the whole mesh; the program communicates exactly where `collectives` is called.
 - auto: plain JAX, partitioned by XLA from the parameters' shardings. It shares no communication with manual, which
-makes
-  it an independent check.
+makes it an
+  independent check.
 """
 
 from collections.abc import Callable, Mapping
@@ -201,7 +201,7 @@ def _prepare(plan: Plan, stored: dict[str, Array]) -> tuple[Ready, dict[str, Arr
     plans = _zero_plans(plan)
     begun = {path: zero.begin(x, plans[path]) for path, x in stored.items()}
     per_use = {path: p for path, p in plans.items() if p.per_use}
-    whole = {path: stored[path] for path, p in per_use.items() if p.has_placeholder}
+    whole = {path: zero.whole(stored[path], p) for path, p in per_use.items() if p.has_placeholder}
     in_layers = {path.removeprefix(_LAYERS): p for path, p in per_use.items() if path.startswith(_LAYERS)}
 
     def prepare(layer: Parameters, beside: dict[str, Array]) -> Parameters:
@@ -229,7 +229,8 @@ def _manual_step(plan: Plan, parameters: dict[str, Array], batch: dict[str, Arra
     def local(stored: dict[str, Array], batch: dict[str, Array], key: Array):
         ready, begun = _prepare(plan, stored)
         total, grads = _accumulate(plan, ready, begun, batch, key)
-        grads = {path: zero.finish(g, plans[path]) for path, g in grads.items()}
+        with jax.named_scope("backward"):
+            grads = {path: zero.finish(g, plans[path]) for path, g in grads.items()}
         weight = collectives.all_reduce(batch["weights"].sum(), _BATCH_AXES)
         return collectives.all_reduce(total, _BATCH_AXES), weight, grads
 

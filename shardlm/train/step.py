@@ -29,9 +29,10 @@ def make_step(
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
         total, weight, grads = gradients(state.params, batch, dropout_key(seed, state.step))
-        shards = jax.lax.with_sharding_constraint(state.params, plan.shardings("sharded"))
-        updates, opt_state = optimizer.update(grads, state.opt_state, shards)
-        params = _as_stored(plan, cast(Parameters, optax.apply_updates(shards, updates)), engine_name)
+        with jax.named_scope("update"):
+            shards = jax.lax.with_sharding_constraint(state.params, plan.shardings("sharded"))
+            updates, opt_state = optimizer.update(grads, state.opt_state, shards)
+            params = _as_stored(plan, cast(Parameters, optax.apply_updates(shards, updates)), engine_name)
         metrics = {"loss": total / weight, "tokens": weight, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics
 

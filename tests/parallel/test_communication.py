@@ -12,8 +12,8 @@ import optax
 import pytest
 
 import shardlm as sl
+from shardlm.inspect.hlo import Collective, collectives
 from shardlm.train.engine import flatten
-from tests.hlo import Collective, collectives
 
 LAYERS, ROWS, SEQUENCE, WIDTH = 3, 8, 12, 16
 # Multi-head attention, no biases, no padding: every parameter is a matrix, a table, or a norm scale.

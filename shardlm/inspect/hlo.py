@@ -1,4 +1,8 @@
-"""Reads the collectives of a compiled program: how often, of how many elements, over which mesh axes."""
+"""Reads the collectives of a compiled program: how often, of how many elements, over which mesh axes.
+
+HLO is what XLA makes of the traced program. The ledger does not need it; it is the independent check of the ledger, and
+the only source for what the compiler adds by itself: all of it, for programs that it partitions.
+"""
 
 import itertools
 import math
@@ -10,6 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+_DTYPES = {
+    "f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16", "pred": "bool",
+    "s8": "int8", "s16": "int16", "s32": "int32", "s64": "int64", "u8": "uint8", "u32": "uint32", "u64": "uint64",
+}  # fmt: skip
 _SHAPE = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 
@@ -22,11 +30,13 @@ class Collective:
         kind: "all-reduce", ...
         axes: the mesh axes of more than one device that its groups span, in mesh order.
         elements: of the whole array: of what is reduced, or of what has been gathered.
+        dtype: JAX's name of the elements' type.
     """
 
     kind: str
     axes: tuple[str, ...]
     elements: int
+    dtype: str = "float32"
 
 
 def collectives(text: str, mesh: Mesh) -> Counter[Collective]:
@@ -58,11 +68,11 @@ def _walk(name: str, times: int, bodies: dict[str, list[str]], mesh: Mesh, total
         elif match := re.search(r"= (.*?) (" + "|".join(KINDS) + r")(-start)?\(", line):
             kind = match[2]
             axes = _axes(line, mesh)
-            for _, dims in _SHAPE.findall(match[1]):
+            for dtype, dims in _SHAPE.findall(match[1]):
                 elements = math.prod(int(d) for d in dims.split(",") if d)
                 if kind == "reduce-scatter":
                     elements *= math.prod(mesh.shape[axis] for axis in axes)
-                total[Collective(kind, axes, elements)] += times
+                total[Collective(kind, axes, elements, _DTYPES[dtype])] += times
 
 
 def _axes(line: str, mesh: Mesh) -> tuple[str, ...]:
@@ -82,13 +92,22 @@ def _groups(line: str) -> list[list[int]]:
     if match := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line):
         return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        ids = np.arange(math.prod(map(int, match[3].split(",")))).reshape([int(d) for d in match[3].split(",")])
-        ids = ids.transpose([int(d) for d in match[4].split(",")]) if match[4] else ids
+        ids = _iota(f"[{match[3]}]" + (f"T({match[4]})" if match[4] else ""))
         return ids.reshape(int(match[1]), int(match[2])).tolist()
-    if match := re.search(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\] \{((?:'\w+',?)+)\}", line):
+    if match := re.search(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\](?:, device_ids=\((.*?)\))? \{((?:'\w+',?)+)\}", line):
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        grouped = re.findall(r"'(\w+)'", match[2])
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        grouped = re.findall(r"'(\w+)'", match[3])
+        ids = _iota(match[2]) if match[2] else np.arange(math.prod(sizes.values()))
+        ids = ids.reshape(list(sizes.values()))
         ids = np.moveaxis(ids, [list(sizes).index(name) for name in grouped], range(-len(grouped), 0))
         return ids.reshape(-1, math.prod(sizes[name] for name in grouped)).tolist()
     raise AssertionError(f"unknown syntax of replica groups: {line}")
+
+
+def _iota(text: str) -> np.ndarray:
+    """Device ids in one of the forms "[2,4]T(1,0)" and "0,4,1,5"."""
+    if match := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        dims = [int(d) for d in match[1].split(",")]
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        return ids.transpose([int(d) for d in match[2].split(",")]) if match[2] else ids
+    return np.array([int(i) for i in text.split(",")])
