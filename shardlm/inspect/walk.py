@@ -45,7 +45,7 @@ def equations(jaxpr: Any, place: Place = Place()) -> Iterator[tuple[Any, Place]]
         place: what surrounds it.
     """
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        here = _at(equation, place)
+        here = at(equation, place)
         inner = list(inside(equation, here))
         if not inner:
             yield equation, here
@@ -76,7 +76,8 @@ def inside(equation: Any, here: Place) -> Iterator[tuple[Any, Place]]:
         yield params["jaxpr"], here
 
 
-def _at(equation: Any, place: Place) -> Place:
+def at(equation: Any, place: Place) -> Place:
+    """Where an equation stands, given what surrounds the program that it is in."""
     stack = str(equation.source_info.name_stack)
     phase = place.phase
     for name in PHASES:

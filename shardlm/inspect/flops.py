@@ -1,0 +1,72 @@
+"""Floating-point operations of a traced program, counted in its matrix products and convolutions.
+
+A product of [m, k] with [k, n] counts 2 m n k. Element-by-element work and reductions are left out, as in every
+published figure of a model's FLOPs. Inside a manual region shapes are per device and are counted as they are; outside,
+on global arrays, the work is taken to be split evenly.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from shardlm.inspect.walk import equations
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one step on one device.
+
+    Attributes:
+        forward: of the forward pass.
+        backward: of the backward pass, without what it recomputes.
+        recomputed: what backward makes again because `remat` kept it out of memory.
+        update: of the optimizer's own matrix products (Muon's); 0 for AdamW.
+        endless: whether some are in a `while` loop, and so counted once although it may run more often.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    recomputed: float = 0.0
+    update: float = 0.0
+    endless: bool = False
+
+    @property
+    def model(self) -> float:
+        """Forward and backward, nothing recomputed: what utilisation (MFU) counts."""
+        return self.forward + self.backward
+
+    @property
+    def total(self) -> float:
+        """All that the device computes: what hardware utilisation (HFU) counts."""
+        return self.model + self.recomputed + self.update
+
+
+def of(jaxpr: Any, num_devices: int) -> Flops:
+    """Count a traced program, which `jax.make_jaxpr` gives, laid out over `num_devices` devices."""
+    sums = {"forward": 0.0, "backward": 0.0, "recomputed": 0.0, "update": 0.0}
+    endless = False
+    for equation, place in equations(jaxpr):
+        count = _of_equation(equation) * place.times
+        if count:
+            sums["recomputed" if place.recomputed else place.phase] += count / (1 if place.mesh else num_devices)
+            endless = endless or place.endless
+    return Flops(**sums, endless=endless)
+
+
+def _of_equation(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        left, out = equation.invars[0].aval, equation.outvars[0].aval
+        (contracted, _), _ = params["dimension_numbers"]
+        return 2.0 * math.prod(out.shape) * math.prod(left.shape[dim] for dim in contracted)
+    if name == "conv_general_dilated":
+        kernel, out = equation.invars[1].aval, equation.outvars[0].aval
+        out_features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * math.prod(out.shape) * math.prod(kernel.shape) / out_features
+    if name.startswith("dot_product_attention"):
+        # cuDNN's fused attention: q [b, s, heads, d] and k [b, s, kv heads, d] come first. Backward makes the scores
+        # again (one product) and four more, forward two.
+        query, key = equation.invars[0].aval.shape, equation.invars[1].aval.shape
+        products = 5 if "bwd" in name or "backward" in name else 2
+        return 2.0 * products * query[0] * query[2] * query[1] * key[1] * query[3]
+    return 0.0
