@@ -1,7 +1,8 @@
 """shardlm: write a Transformer once, lay it out over any devices, get the single device's numbers."""
 
-from shardlm import data
+from shardlm import data, inspect
 from shardlm.checkpoint import restore, save
+from shardlm.inspect import Report
 from shardlm.layout import Axis, Layout, LayoutError
 from shardlm.models import presets
 from shardlm.models.config import (
@@ -33,6 +34,7 @@ __all__ = [
     "Llama3Scaling",
     "NonFiniteLoss",
     "Norm",
+    "Report",
     "Rope",
     "TrainState",
     "Trainer",
@@ -41,6 +43,7 @@ __all__ = [
     "adamw",
     "data",
     "fake_devices",
+    "inspect",
     "presets",
     "restore",
     "sample",

@@ -1,4 +1,4 @@
-"""The command line: `python -m shardlm train`."""
+"""The command line: `python -m shardlm train`, and `python -m shardlm explain`."""
 
 import argparse
 import dataclasses
@@ -82,6 +82,23 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
+def explain(options: argparse.Namespace) -> int:
+    """`python -m shardlm explain`: what a layout costs, on as many devices as it has, which need not exist."""
+    layout = sl.Layout.parse(options.layout)
+    devices: Any = options.devices or layout.num_devices
+    if options.compile:
+        sl.fake_devices(layout.resolve(devices).num_devices)
+        devices = jax.devices()
+    config = _config(options)
+    trainer = sl.Trainer(config, layout, devices=devices)
+    report = trainer.explain(options.batch_size, options.sequence, hardware=options.hardware, compile=options.compile)
+    if options.json:
+        print(report.to_json())
+    else:
+        print(report)
+    return 1 if report.fits is False else 0
+
+
 def _start_devices(text: str | None) -> sl.Layout:
     """The layout asked for, its sizes filled in; where there is no accelerator, as many CPU devices as it needs."""
     layout = None if text is None else sl.Layout.parse(text)
@@ -107,6 +124,9 @@ def _config(options: argparse.Namespace) -> sl.TransformerConfig:
         changes["dtype"] = options.dtype
     if options.dropout is not None:
         changes["dropout"] = options.dropout
+    if options.attention is not None:
+        attention = sl.presets.get(options.preset).attention
+        changes["attention"] = dataclasses.replace(attention, implementation=options.attention)
     # Sizes that follow from others are to follow from the new ones.
     if "d_model" in changes or "num_heads" in changes:
         changes.setdefault("head_dim", None)
@@ -169,6 +189,19 @@ def _at_least(minimum: float, kind: type = int) -> Callable[[str], Any]:
     return number
 
 
+def _add_model(add: Callable[..., Any]) -> None:
+    add(
+        "--preset",
+        default="tiny",
+        help="model to start from, a name in sl.presets; train takes the tokenizer's vocabulary",
+    )
+    for name in _SIZES:
+        add(f"--{name.replace('_', '-')}", type=_at_least(1), help="instead of the preset's")
+    add("--dropout", type=float, help="instead of the preset's")
+    add("--dtype", help="of the computation: float32 or bfloat16, instead of the preset's")
+    add("--attention", choices=("xla", "chunked", "cudnn"), help="how it is computed, instead of the preset's way")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m shardlm", description="Transformers on any layout of devices.")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -184,11 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     count, size = _at_least(0), _at_least(1)
     add("--layout", help='"data=2,fsdp=2,tensor=2,zero=3,sequence_parallel"; one size may be -1; also accumulate=, '
         "remat= (default: data=2,fsdp=2,tensor=2 on 8 devices, else fsdp=-1)")  # fmt: skip
-    add("--preset", default="tiny", help="model to start from, a name in sl.presets; the vocabulary is the tokenizer's")
-    for name in _SIZES:
-        add(f"--{name.replace('_', '-')}", type=size, help="instead of the preset's")
-    add("--dropout", type=float, help="instead of the preset's")
-    add("--dtype", help="of the computation: float32 or bfloat16, instead of the preset's")
+    _add_model(add)
     add("--data", nargs="+", help="text files or folders (default: the sources of Python's standard library)")
     add("--tokenizer", default="bytes", help='"bytes", or "bpe:8192" to train byte-level BPE (extra hf)')
     add("--held-out", type=float, default=0.05, help="fraction of documents kept for evaluation; 0 for none")
@@ -207,6 +236,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--sample", type=count, default=200, help="tokens of text to show at the end; 0 for none")
     add("--prompt", default="def ", help="what the sample continues (default: %(default)r)")
     add("--temperature", type=_at_least(0, float), default=0.7, help="of the sample; 0 takes the likeliest token")
+
+    command = commands.add_parser(
+        "explain",
+        help="what a layout costs, before you rent it",
+        description="Say what a training step keeps, sends and computes on each device, and how long that takes at best. "
+        "Nothing is run, and the devices need not exist. Exits with 1 where it does not fit the hardware's memory.",
+        formatter_class=_Help,
+    )
+    command.set_defaults(run=explain)
+    add = command.add_argument
+    add("--layout", required=True, help='"fsdp=64,tensor=8"; one size may be -1 if --devices is given')
+    add("--devices", type=size, help="how many there are (default: as many as the layout has)")
+    _add_model(add)
+    add("--batch-size", type=size, default=16, help="rows per step, over all devices")
+    add("--sequence", type=size, default=128, help="tokens per row")
+    add("--hardware", help=f"judge it by this: {', '.join(sl.inspect.CATALOGUE)}")
+    add("--compile", action="store_true", help="compile the step for fake CPU devices too, for the compiler's own view")
+    add("--json", action="store_true", help="print the report as JSON")
     return parser
 
 

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any, Self
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from shardlm._layout_table import REDUCE_GRADIENTS, REMAT, ZERO, as_html, as_text
 from shardlm._placement import place
@@ -248,6 +248,12 @@ class Layout:
         except (ValueError, NotImplementedError, AssertionError) as error:
             raise LayoutError(f"{layout} does not fit these {len(devices)} devices: {error}") from error
         return Mesh(placed, tuple(str(axis) for axis in Axis), axis_types=(AxisType.Auto,) * len(Axis))
+
+    def abstract_mesh(self) -> AbstractMesh:
+        """The mesh of all six axes without devices: enough to trace a program, not to run it."""
+        assert self.num_devices  # an error while a size is -1
+        names = tuple(str(axis) for axis in Axis)
+        return AbstractMesh(tuple(self.sizes.values()), names, axis_types=(AxisType.Auto,) * len(Axis))
 
     def check(self, config: Any, batch_size: int | None = None, sequence: int | None = None) -> None:
         """Check that a model, and a global batch if given, can be split this way.

@@ -26,9 +26,9 @@ ORDER = (
     ("collectives",),
     ("parallel",),
     ("models",),
-    ("data", "checkpoint"),
+    ("data", "checkpoint", "inspect"),  # inspect looks at programs; Trainer.explain hands it the step
     ("train",),
-    ("runtime", "inspect"),
+    ("runtime",),
     ("bench",),
     ("__main__",),
 )

@@ -1,0 +1,28 @@
+"""What a step costs, known before it runs: communication, memory, FLOPs and time, and assertions about them."""
+
+from shardlm.inspect.budget import assert_at_most, assert_fits, assert_no
+from shardlm.inspect.flops import Flops
+from shardlm.inspect.hardware import CATALOGUE, Hardware
+from shardlm.inspect.ledger import Entry, Ledger, ledger
+from shardlm.inspect.memory import Memory
+from shardlm.inspect.report import Comparison, Report, compare
+from shardlm.inspect.theory import Expected
+from shardlm.inspect.timeline import Timeline
+
+__all__ = [
+    "CATALOGUE",
+    "Comparison",
+    "Entry",
+    "Expected",
+    "Flops",
+    "Hardware",
+    "Ledger",
+    "Memory",
+    "Report",
+    "Timeline",
+    "assert_at_most",
+    "assert_fits",
+    "assert_no",
+    "compare",
+    "ledger",
+]

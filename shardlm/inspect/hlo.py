@@ -94,7 +94,9 @@ def _groups(line: str) -> list[list[int]]:
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         ids = _iota(f"[{match[3]}]" + (f"T({match[4]})" if match[4] else ""))
         return ids.reshape(int(match[1]), int(match[2])).tolist()
-    if match := re.search(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\](?:, device_ids=\((.*?)\))? \{((?:'\w+',?)+)\}", line):
+    if match := re.search(
+        r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\](?:, device_ids=\((.*?)\))? \{((?:'\w+',?)+)\}", line
+    ):
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", match[1])}
         grouped = re.findall(r"'(\w+)'", match[3])
         ids = _iota(match[2]) if match[2] else np.arange(math.prod(sizes.values()))

@@ -89,9 +89,7 @@ class Ledger:
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries + self.added)
 
-    def select(
-        self, kind: str | None = None, axis: str | None = None, phase: str | None = None
-    ) -> tuple[Entry, ...]:
+    def select(self, kind: str | None = None, axis: str | None = None, phase: str | None = None) -> tuple[Entry, ...]:
         """The entries of one kind, over one axis (alone or with others), in one phase."""
         return tuple(
             entry

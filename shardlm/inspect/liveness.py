@@ -46,7 +46,7 @@ class Peak:
     Attributes:
         bytes: what is alive then besides the program's inputs, its results included.
         where: the line of the operation that runs then.
-        kept: the most that is alive at any time of what loops of the forward pass have stacked for the backward pass.
+        kept: how much of that loops of the forward pass have stacked for the backward pass.
         largest: the largest single array, in bytes.
         largest_shape: that array's shape and dtype, as in "float32[8,256,4096]".
         largest_where: the line that makes it.
@@ -94,22 +94,21 @@ class _Memory:
     peak: int = 0
     where: str = "?"
     kept: int = 0
-    most_kept: int = 0
+    kept_at_peak: int = 0
     largest: tuple[int, str, str] = (0, "", "")
 
     def allocate(self, size: int, shape: str, where: str, kept: bool = False) -> _Buffer:
         self.now += size
         if kept:
             self.kept += size
-            self.most_kept = max(self.most_kept, self.kept)
         elif size > self.largest[0]:
             self.largest = (size, shape, where)
-        self.reach(self.now, where)
+        self.reach(self.now, where, self.kept)
         return _Buffer(size, True, kept=kept)
 
-    def reach(self, level: int, where: str) -> None:
+    def reach(self, level: int, where: str, kept: int) -> None:
         if level > self.peak:
-            self.peak, self.where = level, where
+            self.peak, self.where, self.kept_at_peak = level, where, kept
 
     def hold(self, buffers: tuple[_Buffer, ...]) -> tuple[_Buffer, ...]:
         for buffer in buffers:
@@ -144,7 +143,7 @@ def peak(jaxpr: Any) -> Peak:
     """The worst moment of a traced program, which `jax.make_jaxpr` gives, or of a region within one."""
     memory = _run(_flatten(jaxpr, Place()), Place())
     size, shape, where = memory.largest
-    return Peak(memory.peak, memory.where, memory.most_kept, size, shape, where)
+    return Peak(memory.peak, memory.where, memory.kept_at_peak, size, shape, where)
 
 
 def _flatten(jaxpr: Any, place: Place) -> _Program:
@@ -223,7 +222,7 @@ def _execute(equation: Any, operands: list[Any], results: list[Any], here: Place
     elif name in _WRITES or whole:
         copy = _transposed_copy(equation)
         if copy:
-            memory.reach(memory.now + copy + sum(v.size for v in results), here.source)
+            memory.reach(memory.now + copy + sum(v.size for v in results), here.source, memory.kept)
         for variable in results:
             if variable.uses:
                 taken = _take_over(variable.size, last, memory) if name in _IN_PLACE else None
@@ -256,9 +255,8 @@ def _loop(equation: Any, operands: list, results: list, here: Place, memory: _Me
     inner = max(
         (_run(_flatten(program, around), around) for program, around in inside(equation, here)), key=lambda m: m.peak
     )
-    memory.reach(memory.now + inner.peak, inner.where)
+    memory.reach(memory.now + inner.peak, inner.where, memory.kept + inner.kept_at_peak)
     memory.largest = max(memory.largest, inner.largest)
-    memory.most_kept = max(memory.most_kept, memory.kept + inner.most_kept)
 
 
 def _materialise(variable: _Variable, memory: _Memory, where: str, dying: bool = False) -> None:

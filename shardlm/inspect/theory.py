@@ -109,7 +109,13 @@ def _parameter(lines: _Lines, split: Split, config: Any, layout: Layout) -> None
             lines.add("updated parameters", "all-gather", split.zero_axes, held, config.param_dtype)
         elif plan.in_layers and plan.per_use:
             gathers = 2 * microbatches
-            lines.add(f"{name}, forward and backward", "all-gather", split.zero_axes, held * gathers, plan.dtype or config.param_dtype)
+            lines.add(
+                f"{name}, forward and backward",
+                "all-gather",
+                split.zero_axes,
+                held * gathers,
+                plan.dtype or config.param_dtype,
+            )
         else:
             lines.add(f"{name}", "all-gather", split.zero_axes, held, plan.dtype or config.param_dtype)
     now = tuple(axis for axis in plan.summed if axis not in plan.late)

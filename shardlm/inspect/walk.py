@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 PHASES = ("forward", "backward", "update")
-_CALLS = {"custom_vjp_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr", "custom_lin": "call_jaxpr"}
-_LIBRARY = ("collectives.py",)  # its lines say how one communicates; what is asked for is who calls it
+_CALLS = {
+    "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_vjp_call", "custom_jvp_call",
+    "custom_vjp_call_jaxpr",
+}  # fmt: skip
+# The lines of these say how one communicates; what is asked for is who calls them.
+_HELPERS = ("shardlm/collectives.py", "shardlm/parallel/", "shardlm/models/kernel.py")
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,7 @@ def inside(equation: Any, here: Place) -> Iterator[tuple[Any, Place]]:
         whole = all(axis in manual or size == 1 for axis, size in params["mesh"].shape.items())
         yield params["jaxpr"], dataclasses.replace(here, mesh=params["mesh"] if whole else here.mesh)
     elif name in _CALLS:
-        yield params[_CALLS[name]], here
-    elif name in ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"):
-        yield params["jaxpr"], here
+        yield params[next(key for key in ("call_jaxpr", "jaxpr") if key in params)], here
 
 
 def at(equation: Any, place: Place) -> Place:
@@ -86,20 +88,24 @@ def at(equation: Any, place: Place) -> Place:
     if "transpose(" in stack:
         phase = "backward"
     recomputed = place.recomputed or "rematted_computation" in stack
-    source = _source(equation) or place.source
+    line, helper = _source(equation)
+    source = line or (place.source if place.source != "?" else helper or "?")
     return dataclasses.replace(place, phase=phase, recomputed=recomputed, source=source)
 
 
-def _source(equation: Any) -> str | None:
-    """The nearest line that is neither JAX's nor `collectives`'; of a few layers of helpers the outermost is no help."""
-    traceback = equation.source_info.traceback
+def _source(equation: Any) -> tuple[str | None, str | None]:
+    """The nearest line that is neither JAX's nor a helper's, and the nearest helper's."""
+    traceback, helper = equation.source_info.traceback, None
     for frame in traceback.frames if traceback is not None else ():
-        parts = frame.file_name.replace("\\", "/").split("/")
-        if "site-packages" in parts or parts[-1] in _LIBRARY or parts[-1].startswith("<"):
+        name = frame.file_name.replace("\\", "/")
+        if "/site-packages/" in name and "/shardlm/" not in name or name.startswith("<") or "/importlib/" in name:
             continue
-        where = "/".join(parts[-2:]) if "shardlm" in parts else parts[-1]
-        return f"{where}:{frame.line_num}"
-    return None
+        _, inside, path = name.rpartition("/shardlm/")
+        where = f"{path if inside else name.rpartition('/')[2]}:{frame.line_num}"
+        if not any(part in name for part in _HELPERS):
+            return where, helper
+        helper = helper or where
+    return None, helper
 
 
 def elements(aval: Any) -> int:

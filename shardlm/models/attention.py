@@ -31,25 +31,39 @@ class Visibility:
     segments: Array | None
     window: Array | int | None
 
-    def mask(self) -> Array:
-        """Boolean [batch or 1, 1, sequence, sequence]: query on the third dim, key on the last."""
-        query, key = self.index[:, None], self.index[None, :]
+    def mask(self, rows: Array | None = None) -> Array:
+        """Boolean [batch or 1, 1, queries, sequence]: query on the third dim, key on the last.
+
+        Args:
+            rows: int32[queries], which places of the sequence the queries have; None: all, in order.
+        """
+        query, key = (self.index if rows is None else self.index[rows])[:, None], self.index[None, :]
         visible = key <= query
         if self.window is not None:
             visible = visible & (query - key < self.window)
         visible = visible[None, None]
         if self.segments is not None:
-            visible = visible & (self.segments[:, None, :, None] == self.segments[:, None, None, :])
+            asking = self.segments if rows is None else self.segments[:, rows]
+            visible = visible & (asking[:, None, :, None] == self.segments[:, None, None, :])
         return visible
 
 
+CHUNK = 512  # queries at a time in `attend_chunked`
+
+
 def attend(
-    q_BQSD: Array, k_BKSD: Array, v_BKSD: Array, visibility: Visibility, scale: float, soft_cap: float | None
+    q_BQSD: Array,
+    k_BKSD: Array,
+    v_BKSD: Array,
+    visibility: Visibility,
+    scale: float,
+    soft_cap: float | None,
+    rows: Array | None = None,
 ) -> Array:
     """softmax(scale q k^T, masked) v in plain XLA, heads ahead of the sequence; scores and softmax in at least float32.
 
     Returns:
-        [batch, query heads, sequence, head dim] in q's dtype.
+        [batch, query heads, queries, head dim] in q's dtype; the queries are the sequence's, or those at `rows` of it.
     """
     b, heads, s, d = q_BQSD.shape
     groups = heads // k_BKSD.shape[1]
@@ -61,9 +75,28 @@ def attend(
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     # A finite floor: with minus infinity a row that sees nothing would be NaN. Causality shows every query itself.
-    scores = jnp.where(visibility.mask()[:, :, None], scores, jnp.finfo(scores.dtype).min)
+    scores = jnp.where(visibility.mask(rows)[:, :, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSD.dtype)
     return jnp.einsum("bkgqs,bksd->bkgqd", weights, v_BKSD).reshape(b, heads, s, d)
+
+
+def attend_chunked(
+    q_BQSD: Array, k_BKSD: Array, v_BKSD: Array, visibility: Visibility, scale: float, soft_cap: float | None
+) -> Array:
+    """The same, `CHUNK` queries at a time; backward makes each chunk's scores again."""
+    b, heads, s, d = q_BQSD.shape
+    count = min(CHUNK, s)
+    chunks = -(-s // count)
+    padded = jnp.pad(q_BQSD, ((0, 0), (0, 0), (0, chunks * count - s), (0, 0)))
+
+    @jax.checkpoint
+    def chunk(first: Array) -> Array:
+        q = jax.lax.dynamic_slice_in_dim(padded, first, count, axis=2)
+        rows = jnp.minimum(first + jnp.arange(count), s - 1)  # the padding asks as the last query does, for nobody
+        return attend(q, k_BKSD, v_BKSD, visibility, scale, soft_cap, rows)
+
+    out = jax.lax.map(chunk, jnp.arange(chunks) * count)
+    return jnp.moveaxis(out, 0, 2).reshape(b, heads, chunks * count, d)[:, :, :s]
 
 
 def attend_cudnn(q_BQSD: Array, k_BKSD: Array, v_BKSD: Array, visibility: Visibility, scale: float) -> Array:
@@ -131,7 +164,8 @@ class SelfAttention(nnx.Module):
         if c.attention.implementation == "cudnn":
             o = attend_cudnn(q, k, v, visibility, scale)
         else:
-            o = attend(q, k, v, visibility, scale, c.attention.soft_cap)
+            plain = attend_chunked if c.attention.implementation == "chunked" else attend
+            o = plain(q, k, v, visibility, scale, c.attention.soft_cap)
         return self.output.add_bias(tensor.leave(self.output.product(o.swapaxes(1, 2), dims=2), like=x))
 
     def _kv_heads(self, projection: Kernel, h: Array, query_heads: int) -> Array:

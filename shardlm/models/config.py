@@ -97,7 +97,9 @@ class Attention:
         windows: a pattern of sliding windows in tokens, repeated over the layers; None in it attends to everything
             before. `(4096,)` is Mistral, `(4096, None)` Gemma 2, `(512,) * 5 + (None,)` the small Gemma 3. A query at
             i sees keys j with i - j < window.
-        implementation: `"xla"`, or `"cudnn"` for the fused kernel of NVIDIA GPUs (bfloat16 or float16, no soft cap).
+        implementation: `"xla"`; `"chunked"`, which does a part of the queries at a time and so needs memory in proportion
+            to the sequence and not to its square, for making the scores again in backward; or `"cudnn"`, the fused
+            kernel of NVIDIA GPUs (bfloat16 or float16, no soft cap).
     """
 
     bias: bool = False
@@ -110,10 +112,10 @@ class Attention:
 
     def __post_init__(self):
         problems = []
-        if self.implementation not in ("xla", "cudnn"):
-            problems.append(f"implementation={self.implementation!r}; it is one of 'xla', 'cudnn'")
+        if self.implementation not in ("xla", "chunked", "cudnn"):
+            problems.append(f"implementation={self.implementation!r}; it is one of 'xla', 'chunked', 'cudnn'")
         if self.implementation == "cudnn" and self.soft_cap is not None:
-            problems.append("the cudnn kernel has no soft cap: use implementation='xla', or soft_cap=None")
+            problems.append("the cudnn kernel has no soft cap: use implementation='chunked', or soft_cap=None")
         fine = isinstance(self.windows, tuple) and all(w is None or _positive(w) for w in self.windows)
         if not fine or not self.windows:
             problems.append(f"windows={self.windows!r}; it is a non-empty tuple of positive token counts or None")

@@ -140,6 +140,11 @@ def llama3_1_8b(**changes: Any) -> TransformerConfig:
     return _llama3(changes, _llama3_scaling(8.0), num_layers=32, d_model=4096, num_heads=32, d_ff=14_336)
 
 
+def llama3_1_405b(**changes: Any) -> TransformerConfig:
+    """Llama 3.1 405B: meta-llama/Llama-3.1-405B."""
+    return _llama3(changes, _llama3_scaling(8.0), num_layers=126, d_model=16_384, num_heads=128, d_ff=53_248)
+
+
 def llama3_2_1b(**changes: Any) -> TransformerConfig:
     """Llama 3.2 1B, head dim 64: meta-llama/Llama-3.2-1B."""
     return _llama3(changes, _llama3_scaling(32.0), num_layers=16, d_model=2048, num_heads=32, d_ff=8192, tied=True)
@@ -288,7 +293,7 @@ _PRESETS = (
     tiny,
     gpt2, gpt2_medium, gpt2_large, gpt2_xl,
     llama2_7b, llama2_13b, llama2_70b,
-    llama3_8b, llama3_70b, llama3_1_8b, llama3_2_1b, llama3_2_3b,
+    llama3_8b, llama3_70b, llama3_1_8b, llama3_1_405b, llama3_2_1b, llama3_2_3b,
     mistral_7b,
     qwen2_0_5b, qwen2_1_5b, qwen2_7b,
     qwen3_0_6b, qwen3_8b,

@@ -2,27 +2,9 @@
 
 from typing import Any
 
+from shardlm.inspect.hardware import PEAK_BF16
 from shardlm.models.config import LearnedPositions, TransformerConfig
 from shardlm.models.transformer import count_parameters
-
-# Dense bfloat16 FLOP/s of one device, by the start of JAX's `device_kind`; from the makers' data sheets: NVIDIA A100,
-# H100 SXM, H200 and B200 (without sparsity), and Google Cloud's pages of TPU v4, v5e, v5p and v6e.
-PEAK_BF16 = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989.4e12,
-    "NVIDIA H100 PCIe": 756.5e12,
-    "NVIDIA H100 NVL": 835.5e12,
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA H200 NVL": 835.5e12,
-    "NVIDIA B200": 2250e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
 
 
 def model_flops_per_token(config: TransformerConfig, sequence: int) -> float:

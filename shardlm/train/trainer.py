@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import optax
 from jax import Array
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
+from shardlm.inspect import Hardware, Report
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.models.transformer import count_parameters
@@ -19,6 +20,7 @@ from shardlm.train import batch as batches_
 from shardlm.train import engine as engines
 from shardlm.train import state as states
 from shardlm.train.engine import Parameters, Plan
+from shardlm.train.explain import explain
 from shardlm.train.fit import FitOptions, fit
 from shardlm.train.optimizer import adamw
 from shardlm.train.state import TrainState
@@ -36,13 +38,14 @@ class Trainer:
         layout: how many devices serve each kind of parallelism; default one device.
         optimizer: any Optax transformation. Default: `sl.adamw(3e-4, steps=1000)`.
         seed: of initial parameters and dropout.
-        devices: default all of `jax.devices()`, or the first one for the default layout.
+        devices: default all of `jax.devices()`, or the first one for the default layout. A number means that many
+            devices that need not exist: nothing can run on them, but `describe` and `explain` say what would.
         engine: `"manual"` (our collectives) or `"auto"` (the compiler's), which computes the same by other means.
 
     Attributes:
         config: as given; where `layout.tensor` does not divide the padded vocabulary, padded further.
         layout: with its sizes filled in.
-        mesh: the devices.
+        mesh: the devices; an `AbstractMesh` where they need not exist.
         plan: how every parameter is split; `plan.table` prints the rules.
         abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings.
 
@@ -62,14 +65,14 @@ class Trainer:
         optimizer: optax.GradientTransformation | None = None,
         *,
         seed: int = 0,
-        devices: Sequence[Any] | None = None,
+        devices: Sequence[Any] | int | None = None,
         engine: str = "manual",
     ):
         if engine not in engines.ENGINES:
             raise ValueError(f"engine={engine!r}; it is one of {', '.join(map(repr, engines.ENGINES))}")
         if devices is None:
             devices = jax.devices()[:1] if layout is None else jax.devices()
-        layout = (layout or Layout()).resolve(len(devices))
+        layout = (layout or Layout()).resolve(devices if isinstance(devices, int) else len(devices))
         layout.check(config)
         if "float64" in (config.dtype, config.param_dtype) and not jax.config.read("jax_enable_x64"):
             raise ValueError(
@@ -80,7 +83,7 @@ class Trainer:
             config = dataclasses.replace(config, vocab_multiple=math.lcm(config.vocab_multiple, layout.tensor))
         self.config, self.layout, self.seed, self.engine = config, layout, seed, engine
         self.optimizer = adamw(3e-4, steps=1000) if optimizer is None else optimizer
-        self.mesh = layout.mesh(devices)
+        self.mesh = layout.abstract_mesh() if isinstance(devices, int) else layout.mesh(devices)
         self.plan = Plan.of(config, layout, self.mesh)
         self.abstract_state = states.abstract(self.plan, self.optimizer)
         self._checked: set[tuple[int, int]] = set()
@@ -89,6 +92,11 @@ class Trainer:
     def num_parameters(self) -> int:
         """Number of the model's parameters, padding of the vocabulary not counted."""
         return count_parameters(self.config)
+
+    @property
+    def has_devices(self) -> bool:
+        """Whether the mesh has devices to run on."""
+        return isinstance(self.mesh, Mesh)
 
     @cached_property
     def batch_sharding(self) -> NamedSharding:
@@ -126,6 +134,30 @@ class Trainer:
                 "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
             ]
         return "\n".join(lines)
+
+    def explain(
+        self, batch_size: int, sequence: int, *, hardware: Hardware | str | None = None, compile: bool = False
+    ) -> Report:
+        """What a step costs: what each device keeps, sends and computes. Nothing is run, and nothing allocated.
+
+        Args:
+            batch_size, sequence: of the global batch.
+            hardware: judge it by this: a name ("h100", "v5p", ...) or an `inspect.Hardware`. Without it there is no time,
+                and no answer to whether it fits.
+            compile: compile the step too, to add what the compiler sends on its own and its own view of the memory. The
+                devices must exist; fake ones are enough.
+
+        Raises:
+            LayoutError: the batch does not fit the layout.
+            ValueError: unknown hardware.
+
+        Example:
+            >>> report = sl.Trainer(sl.presets.llama3_70b(), sl.Layout(fsdp=64, tensor=8), devices=512).explain(
+            ...     batch_size=512, sequence=8192, hardware="h100")
+            >>> report.fits
+            False
+        """
+        return explain(self, batch_size, sequence, hardware, compile)
 
     def init(self) -> TrainState:
         """The initial state, each device making the part that it holds and no more.
@@ -272,6 +304,11 @@ class Trainer:
         XLA's CPU backend runs all devices on one small pool of threads, in which each collective blocks a thread until
         its peers arrive. With several programs in flight the peers may find no thread, and all wait for ever.
         """
+        if not self.has_devices:
+            raise ValueError(
+                f"the {self.mesh.size} devices of this Trainer do not exist, as devices={self.mesh.size} says: give it "
+                f"devices to run on, or on a CPU call sl.fake_devices({self.mesh.size}) first and leave devices out"
+            )
         result = function(*arguments)
         if self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu":
             jax.block_until_ready(result)
@@ -292,8 +329,12 @@ class Trainer:
     @cached_property
     def _step(self):
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        function = make_step(self.plan, self.optimizer, self.seed, self.engine)
-        return jax.jit(function, donate_argnums=0, out_shardings=(shardings, None))
+        return jax.jit(self.step_function, donate_argnums=0, out_shardings=(shardings, None))
+
+    @cached_property
+    def step_function(self) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]:
+        """The step before it is compiled: a function (state, batch) -> (state, metrics)."""
+        return make_step(self.plan, self.optimizer, self.seed, self.engine)
 
     @cached_property
     def _loss_and_grads(self):

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 import shardlm as sl
-from shardlm.models.attention import SelfAttention, Visibility, attend, attend_cudnn
+from shardlm.models import attention
+from shardlm.models.attention import SelfAttention, Visibility, attend, attend_chunked, attend_cudnn
 from shardlm.models.rope import frequencies, rotations
 
 BATCH, SEQUENCE, HEADS, HEAD_DIM = 2, 5, 6, 4
@@ -75,6 +76,24 @@ def test_attention_is_a_softmax_over_the_keys_seen(case, kv_heads, x64):
     got = run(q, k, v, **CASES[case])
     assert got.dtype == jnp.float64
     np.testing.assert_allclose(got, reference(q, k, v, **CASES[case]), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 5, 512])
+@pytest.mark.parametrize("case", CASES)
+def test_queries_in_chunks_give_the_same(case, chunk, x64, monkeypatch):
+    """Values and gradients, chunks that divide the sequence and chunks that do not."""
+    monkeypatch.setattr(attention, "CHUNK", chunk)
+    options = {"soft_cap": CASES[case].get("soft_cap")}
+    visible = visibility(CASES[case].get("segments"), CASES[case].get("window"))
+    arrays = [jnp.asarray(x) for x in sample(2)]
+    target = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape))
+
+    def both(function):
+        loss = lambda *qkv: (function(*qkv, visible, SCALE, **options) * target).sum()  # noqa: E731
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(*arrays)
+
+    for a, b in zip(jax.tree.leaves(both(attend)), jax.tree.leaves(both(attend_chunked)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-13 * float(jnp.abs(a).max()))
 
 
 def test_no_case_passes_for_another():

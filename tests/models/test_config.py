@@ -74,7 +74,11 @@ def test_learned_positions_alone_bound_the_sequence():
     [
         (Norm, {"kind": "batch"}, r"Norm: kind='batch'; it is one of 'rms', 'layer'"),
         (MLP, {"activation": "swish"}, r"MLP: activation='swish'; it is one of silu, gelu, gelu_tanh, relu"),
-        (Attention, {"implementation": "flash"}, r"Attention: implementation='flash'; it is one of 'xla', 'cudnn'"),
+        (
+            Attention,
+            {"implementation": "flash"},
+            r"Attention: implementation='flash'; it is one of 'xla', 'chunked', 'cudnn'",
+        ),
         (Attention, {"implementation": "cudnn", "soft_cap": 5.0}, r"Attention: the cudnn kernel has no soft cap: use"),
         (
             Attention,

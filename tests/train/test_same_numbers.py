@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 import shardlm as sl
+from shardlm.models import attention
 from shardlm.models.dropout import Dropout
 from shardlm.train.engine import flatten, unflatten
 
@@ -33,7 +34,8 @@ GPT = sl.TransformerConfig(
     bias=True), norm=sl.Norm(kind="layer", after=True), positions=sl.LearnedPositions(length=SEQUENCE),
     logit_soft_cap=8.0, embedding_scale=3.0, **WIDE,
 )  # fmt: skip
-CONFIGS = {"llama": LLAMA, "gpt": GPT}
+CHUNKED = dataclasses.replace(LLAMA, attention=dataclasses.replace(LLAMA.attention, implementation="chunked"))
+CONFIGS = {"llama": LLAMA, "gpt": GPT, "chunked": CHUNKED}
 LAYOUTS = [
     ("llama", "accumulate=3,remat=full"),
     ("llama", "data=2"),
@@ -53,6 +55,7 @@ LAYOUTS = [
     ("llama", "data=2,tensor=4,sequence_parallel,remat=full"),
     ("llama", "data=2,fsdp=2,tensor=2"),
     ("llama", "fsdp=2,tensor=4,zero=2,accumulate=3,reduce_gradients=layer"),
+    ("chunked", "data=2,fsdp=2,tensor=2,sequence_parallel,remat=dots"),
     ("gpt", "data=3"),
     ("gpt", "tensor=3"),
     ("gpt", "tensor=6,sequence_parallel"),
@@ -102,6 +105,8 @@ def perturbed(params: dict) -> dict:
 @functools.cache
 def reference(name: str) -> dict:
     """Losses and first gradients, parameters and optimizer state after three updates, on one device."""
+    if name == "chunked":
+        return reference("llama")
     config = CONFIGS[name]
     batch = {key: jnp.asarray(value) for key, value in batch_of(config).items()}
     graph, state = nnx.split(sl.Transformer(config, rngs=nnx.Rngs(SEED)))
@@ -175,7 +180,8 @@ def check(expected: dict, found: dict) -> None:
 
 @pytest.mark.parametrize("engine", ["manual", "auto"])
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
-def test_layout_gives_the_numbers_of_one_device(name: str, layout: str, engine: str):
+def test_layout_gives_the_numbers_of_one_device(name: str, layout: str, engine: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "CHUNK", 5)
     check(reference(name), run(name, sl.Layout.parse(layout), engine))
 
 

@@ -1,0 +1,103 @@
+"""What else could be chosen: what each recomputation policy would change, and what would make a step fit."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from shardlm.inspect import flops, memory
+from shardlm.inspect.hardware import Hardware
+from shardlm.inspect.memory import Memory
+from shardlm.inspect.program import Program
+from shardlm.layout import Layout, LayoutError
+
+Variant = Callable[[Layout, Any], Program]
+"""The same step on another layout of as many devices, and with another config."""
+
+POLICIES = ("none", "dots", "full")
+# How far the prediction may be below what a compiler needs; tests hold it to this.
+MARGIN = 0.10
+
+
+def remat(program: Program, variant: Variant) -> dict[str, tuple[int, float]]:
+    """For each policy the peak in bytes, and the FLOPs that it recomputes, on one device."""
+    result = {}
+    for policy in POLICIES:
+        same = policy == program.layout.remat
+        other = program if same else variant(dataclasses.replace(program.layout, remat=policy), program.config)
+        peak = memory.of(other).peak
+        assert peak is not None
+        result[policy] = (peak, flops.of(other.jaxpr, other.num_devices).recomputed)
+    return result
+
+
+def fitting(program: Program, variant: Variant, needs: Memory, hardware: Hardware) -> tuple[str, ...]:
+    """What to do about memory, in words: nothing where it fits with room to spare.
+
+    Changes are tried one after another, each on top of those before it, the cheapest first, until the step fits.
+    """
+    room, peak = hardware.memory, needs.peak
+    assert peak is not None
+    if peak <= room * (1 - MARGIN):
+        return ()
+    lines = []
+    if peak <= room:
+        lines.append(f"tight: the prediction is good to about {MARGIN:.0%}, and only {_gb(room - peak)} are left")
+    layout, config, changes = program.layout, program.config, []
+    for text, layout, config in _changes(program):  # noqa: B007
+        changes.append(text)
+        try:
+            other = variant(layout, config)
+        except LayoutError:
+            changes.pop()
+            continue
+        found = memory.of(other).peak
+        assert found is not None
+        if found <= room * (1 - MARGIN):
+            again = flops.of(other.jaxpr, other.num_devices).recomputed
+            extra = f", for {again / 1e12:.3g} TFLOP recomputed on each device" if again else ""
+            attention = config.attention.implementation
+            other_attention = (
+                "" if attention == program.config.attention.implementation else f" --attention {attention}"
+            )
+            lines.append(
+                f"{' and '.join(changes)} would bring it to {_gb(found)}{extra}: --layout {layout}{other_attention}"
+            )
+            return tuple(lines)
+    if changes:
+        lines.append(f"{' and '.join(changes)} together are not enough")
+    state = needs.state * program.num_devices
+    lines.append(
+        f"parameters and optimizer state take {_gb(needs.state)} on each of {program.num_devices} devices. Split over "
+        f"all, by fsdp and tensor, they would take {_gb(state / program.num_devices)}; "
+        f"use more devices along fsdp, with as few rows of the batch on each"
+        if program.layout.zero == 3
+        else f"parameters and optimizer state take {_gb(needs.state)} on each device: zero=3 splits them over fsdp"
+    )
+    return tuple(lines)
+
+
+def _changes(program: Program) -> Iterator[tuple[str, Layout, Any]]:
+    """(what, the layout, the config) after each change, cheapest first."""
+    layout, config = program.layout, program.config
+    attention = config.attention
+    if layout.tensor > 1 and not layout.sequence_parallel:
+        layout = dataclasses.replace(layout, sequence_parallel=True)
+        yield "sequence_parallel", layout, config
+    if attention.implementation == "xla":
+        config = dataclasses.replace(config, attention=dataclasses.replace(attention, implementation="chunked"))
+        yield 'attention implementation="chunked" (or "cudnn" on a GPU)', layout, config
+    if layout.zero < 3 and layout.fsdp > 1:
+        layout = dataclasses.replace(layout, zero=3)
+        yield "zero=3", layout, config
+    rows = program.batch_size // layout.batch_shards
+    for policy in POLICIES[POLICIES.index(layout.remat) + 1 :]:
+        layout = dataclasses.replace(layout, remat=policy)
+        yield f"remat={policy}", layout, config
+    for count in (n for n in range(layout.accumulate + 1, rows + 1) if rows % n == 0 and math.log2(n).is_integer()):
+        layout = dataclasses.replace(layout, accumulate=count)
+        yield f"accumulate={count}", layout, config
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.3g} GB"

@@ -1,0 +1,86 @@
+"""What one device holds during a step: the state to the byte, the rest by following what is alive when."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from shardlm.inspect import liveness
+from shardlm.inspect.program import Program, bytes_per_device
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        parameters: as they are stored between steps; exact.
+        optimizer: the optimizer's state, and whatever else lives between steps; exact.
+        batch: the device's part of the batch; exact.
+        gradients: as the optimizer receives them; exact.
+        activations: what layers keep from their forward for their backward, at the worst moment; None where the program
+            is partitioned by the compiler and was not compiled.
+        temporaries: everything else that is alive then: gathered weights, scores, logits, results not yet used.
+        peak: parameters, optimizer, batch and what is alive besides at the worst moment; None as `activations`.
+        where: the line of the operation that runs then.
+        largest: the largest single array made on the way, its shape and the line that makes it.
+        compiled: what the compiler of the machine at hand says of the whole program (arguments, temporaries and results
+            that take no argument's place); None where it was not compiled. XLA's CPU backend computes bfloat16 in
+            float32, so there it says more than a GPU would.
+    """
+
+    parameters: int
+    optimizer: int
+    batch: int
+    gradients: int
+    activations: int | None
+    temporaries: int | None
+    peak: int | None
+    where: str = ""
+    largest: tuple[int, str, str] | None = None
+    compiled: int | None = None
+
+    @property
+    def state(self) -> int:
+        """What lives between steps."""
+        return self.parameters + self.optimizer
+
+
+def of(program: Program) -> Memory:
+    """Follow a step's memory without compiling it."""
+    state = program.state
+    parameters, everything = bytes_per_device(state.params), bytes_per_device(state)
+    batch, gradients = bytes_per_device(program.batch), _gradients(program)
+    memory = Memory(parameters, everything - parameters, batch, gradients, None, None, None)
+    regions = [e.params["jaxpr"] for e in program.jaxpr.jaxpr.eqns if e.primitive.name == "shard_map"]
+    if not regions:
+        return memory
+    worst = max((liveness.peak(region) for region in regions), key=lambda peak: peak.bytes)
+    return dataclasses.replace(
+        memory,
+        activations=worst.kept,
+        temporaries=max(0, worst.bytes - worst.kept - gradients),
+        peak=everything + batch + worst.bytes,
+        where=worst.where,
+        largest=(worst.largest, worst.largest_shape, worst.largest_where),
+    )
+
+
+def with_compiled(memory: Memory, compiled: Any) -> Memory:
+    """The same with what the compiler says of the compiled step."""
+    analysis = compiled.memory_analysis()
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + max(0, results)
+    return dataclasses.replace(memory, compiled=total)
+
+
+def _gradients(program: Program) -> int:
+    if program.splits is None:
+        return bytes_per_device(program.state.params)
+    sizes, total = program.sizes, 0
+    for split in program.splits.values():
+        shards = math.prod(sizes[axis] for axes in (*split.model, split.zero_axes) for axis in axes)
+        total += math.prod(split.shape) // shards * jnp.dtype(program.config.param_dtype).itemsize
+    return total
