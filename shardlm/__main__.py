@@ -240,8 +240,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "explain",
         help="what a layout costs, before you rent it",
-        description="Say what a training step keeps, sends and computes on each device, and how long that takes at best. "
-        "Nothing is run, and the devices need not exist. Exits with 1 where it does not fit the hardware's memory.",
+        description="Say what a training step keeps, sends and computes on each device, and how long that takes at "
+        "best. Nothing is run, and the devices need not exist. Exits with 1 where the memory is not enough.",
         formatter_class=_Help,
     )
     command.set_defaults(run=explain)

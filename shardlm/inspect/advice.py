@@ -44,7 +44,7 @@ def fitting(program: Program, variant: Variant, needs: Memory, hardware: Hardwar
     if peak <= room:
         lines.append(f"tight: the prediction is good to about {MARGIN:.0%}, and only {_gb(room - peak)} are left")
     layout, config, changes = program.layout, program.config, []
-    for text, layout, config in _changes(program):  # noqa: B007
+    for text, layout, config in _changes(program):
         changes.append(text)
         try:
             other = variant(layout, config)

@@ -61,7 +61,9 @@ def _walk(name: str, times: int, bodies: dict[str, list[str]], mesh: Mesh, total
         if " while(" in line:
             trips = re.search(r'known_trip_count"?:\s*\{"n":\s*"(\d+)"', line)
             assert trips, f"a loop of unknown length: {line}"
-            _walk(re.search(r"body=%?([\w.\-]+)", line)[1], times * int(trips[1]), bodies, mesh, total)
+            body = re.search(r"body=%?([\w.\-]+)", line)
+            assert body, line
+            _walk(body[1], times * int(trips[1]), bodies, mesh, total)
         elif match := re.search(r" (call|conditional|fusion)\(", line):
             for called in re.findall(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)", line):
                 _walk(called, times, bodies, mesh, total)

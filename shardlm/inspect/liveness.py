@@ -171,8 +171,8 @@ def _inline(jaxpr: Any, inputs: list[_Variable | None], place: Place, program: _
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     known: dict[Any, _Variable | None] = dict(zip(inner.invars, inputs, strict=True))
     for variable in inner.constvars:
-        known[variable] = _Variable(variable.aval)
-        program.constants.append(known[variable])
+        constant = known[variable] = _Variable(variable.aval)
+        program.constants.append(constant)
 
     def read(atom: Any) -> _Variable | None:
         return None if isinstance(atom, Literal) else known[atom]

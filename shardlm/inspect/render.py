@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich import box
@@ -195,7 +196,7 @@ QUANTITIES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], str]]] = {
     "fits": (lambda report: {True: "yes", False: "no", None: None}[report.fits], _text),
     "sent": (_sent, size),
     **{
-        f"  over {axis}": ((lambda axis: lambda report: _sent(report, axis))(axis), size)
+        f"  over {axis}": (partial(_sent, axis=axis), size)
         for axis in ("pipe", "data", "fsdp", "expert", "context", "tensor")
     },
     "model FLOPs": (lambda report: report.flops.model, _flop),
@@ -208,7 +209,8 @@ QUANTITIES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], str]]] = {
 
 
 def _memory(report: Any) -> Section:
-    memory, room = report.memory, None if report.hardware is None else report.hardware.memory
+    memory, hardware = report.memory, report.hardware
+    room = None if hardware is None else hardware.memory
     whole = room or report.peak or 1
     rows = [
         (name, size(count), min(1.0, count / whole))
@@ -230,10 +232,10 @@ def _memory(report: Any) -> Section:
                      f"{size(memory.largest[0])}, made at {memory.largest[2]}")  # fmt: skip
     if memory.compiled is not None:
         rows.append(("peak, by the compiler here", size(memory.compiled), min(1.0, memory.compiled / whole)))
-    if room is not None and report.peak is not None:
+    if hardware is not None and room is not None and report.peak is not None:
         left = room - report.peak
         verdict = f"fits, {size(left)} to spare" if left >= 0 else f"DOES NOT FIT: {size(-left)} too much"
-        notes.append(f"{report.hardware.name}: {verdict} of {size(room)}")
+        notes.append(f"{hardware.name}: {verdict} of {size(room)}")
     notes += report.advice
     return Section("memory on one device", ("", ">bytes", "of all" if room is None else "of the device's"),
                    tuple(rows), tuple(notes))  # fmt: skip

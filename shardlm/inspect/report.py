@@ -1,6 +1,5 @@
 """The report on a step: what it keeps, sends and computes, and how long that takes at best; before it ever runs."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping

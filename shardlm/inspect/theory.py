@@ -6,8 +6,8 @@ device; P_i is one parameter as a device holds it for computing (of its tensor s
 - Gradients are summed over the batch axes: an all-reduce of P_i over data, or with ZeRO a reduce-scatter of P_i over
   fsdp and an all-reduce of the shard over data (arXiv:1910.02054 section 7): once per step, or per microbatch where it
   happens inside backward.
-- ZeRO-1 and 2 gather each updated parameter once per step, P_i. ZeRO-3 gathers the layers' matrices in forward and again
-  in backward of every microbatch, 2 P_i; tables and vectors once per step.
+- ZeRO-1 and 2 gather each updated parameter once per step, P_i. ZeRO-3 gathers the layers' matrices in forward and
+  again in backward of every microbatch, 2 P_i; tables and vectors once per step.
 - Tensor parallelism sums b s h twice per layer forward and twice backward (arXiv:1909.08053 section 3); with sequence
   parallelism each sum is a reduce-scatter and an all-gather (arXiv:2205.05198 section 4.2). The embedding and the head
   add one each way. Cross-entropy over a split vocabulary takes three all-reduces of b s.
@@ -127,8 +127,8 @@ def _activations(lines: _Lines, config: Any, layout: Layout, tokens: int) -> Non
     axes, microbatches = (str(Axis.TENSOR),), layout.accumulate
     own, wide = config.dtype, str(jnp.promote_types(config.dtype, jnp.float32))
     stream = tokens * config.d_model * microbatches
-    # Recomputed: what attention enters with and leaves with, and what the MLP enters with; its own result is needed only
-    # by a norm after it.
+    # Recomputed: what attention enters with and leaves with, and what the MLP enters with; its own result is needed
+    # only by a norm after it.
     enters, leaves = (2, 1 + config.norm.after) if layout.remat == "full" else (0, 0)
     if layout.sequence_parallel:
         layers = config.num_layers

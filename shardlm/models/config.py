@@ -97,9 +97,9 @@ class Attention:
         windows: a pattern of sliding windows in tokens, repeated over the layers; None in it attends to everything
             before. `(4096,)` is Mistral, `(4096, None)` Gemma 2, `(512,) * 5 + (None,)` the small Gemma 3. A query at
             i sees keys j with i - j < window.
-        implementation: `"xla"`; `"chunked"`, which does a part of the queries at a time and so needs memory in proportion
-            to the sequence and not to its square, for making the scores again in backward; or `"cudnn"`, the fused
-            kernel of NVIDIA GPUs (bfloat16 or float16, no soft cap).
+        implementation: `"xla"`; `"chunked"`, which does a part of the queries at a time and so needs memory in
+            proportion to the sequence and not to its square, for making the scores again in backward; or `"cudnn"`, the
+            fused kernel of NVIDIA GPUs (bfloat16 or float16, no soft cap).
     """
 
     bias: bool = False

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from shardlm import collectives
 from shardlm.dims import DimTable, Split
@@ -54,14 +54,14 @@ class Plan:
 
     config: TransformerConfig
     layout: Layout
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     table: DimTable
     graph: Any
     shapes: Parameters
     splits: dict[str, Split]
 
     @classmethod
-    def of(cls, config: TransformerConfig, layout: Layout, mesh: Mesh) -> "Plan":
+    def of(cls, config: TransformerConfig, layout: Layout, mesh: Mesh | AbstractMesh) -> "Plan":
         """Plan `config` on `layout`; raises `LayoutError` where a dim does not divide."""
         graph, shapes, dims = parameter_dims(config)
         table = DimTable.of(layout, config.num_kv_heads)

@@ -205,7 +205,7 @@ class _Loop:
             step_time = elapsed / self.timed
             positions = math.prod(batch["tokens"].shape) * (1 if jax.process_count() == 1 else self._processes())
             values |= {"tokens_per_second": positions / step_time, "step_time": step_time}
-            device = self.trainer.mesh.devices.flat[0]
+            device = self.trainer.first_device
             peak = peak_flops(device, self.trainer.config.dtype)
             if peak is not None:
                 flops = model_flops_per_token(self.trainer.config, batch["tokens"].shape[1]) * positions

@@ -98,6 +98,12 @@ class Trainer:
         """Whether the mesh has devices to run on."""
         return isinstance(self.mesh, Mesh)
 
+    @property
+    def first_device(self) -> jax.Device:
+        """The mesh's first device; all are of its kind."""
+        assert isinstance(self.mesh, Mesh) and self.mesh.devices is not None
+        return self.mesh.devices.flat[0]
+
     @cached_property
     def batch_sharding(self) -> NamedSharding:
         """The sharding of a batch array [batch, sequence]."""
@@ -142,10 +148,10 @@ class Trainer:
 
         Args:
             batch_size, sequence: of the global batch.
-            hardware: judge it by this: a name ("h100", "v5p", ...) or an `inspect.Hardware`. Without it there is no time,
-                and no answer to whether it fits.
-            compile: compile the step too, to add what the compiler sends on its own and its own view of the memory. The
-                devices must exist; fake ones are enough.
+            hardware: judge it by this: a name ("h100", "v5p", ...) or an `inspect.Hardware`. Without it there is no
+                time, and no answer to whether it fits.
+            compile: compile the step too, to add what the compiler sends on its own and its own view of the memory.
+                The devices must exist; fake ones are enough.
 
         Raises:
             LayoutError: the batch does not fit the layout.
@@ -310,7 +316,7 @@ class Trainer:
                 f"devices to run on, or on a CPU call sl.fake_devices({self.mesh.size}) first and leave devices out"
             )
         result = function(*arguments)
-        if self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu":
+        if self.mesh.size > 1 and self.first_device.platform == "cpu":
             jax.block_until_ready(result)
         return result
 
