@@ -99,7 +99,7 @@ class Trainer:
         return isinstance(self.mesh, Mesh)
 
     @property
-    def first_device(self) -> jax.Device:
+    def first_device(self) -> Any:
         """The mesh's first device; all are of its kind."""
         assert isinstance(self.mesh, Mesh) and self.mesh.devices is not None
         return self.mesh.devices.flat[0]

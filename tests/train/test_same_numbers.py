@@ -7,6 +7,7 @@ which divides by the square root of a second moment that may be tiny, by more.
 
 import dataclasses
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import pytest
 from flax import nnx
 
 import shardlm as sl
+from shardlm.inspect.hlo import collectives
 from shardlm.models import attention
 from shardlm.models.dropout import Dropout
 from shardlm.train.engine import flatten, unflatten
@@ -140,11 +142,20 @@ def to_host(tree):
     return jax.tree.map(np.asarray, tree)
 
 
-def run(name: str, layout: sl.Layout, engine: str) -> dict:
+@functools.cache
+def compiled(name: str, layout: str, engine: str) -> tuple[sl.Trainer, jax.stages.Compiled]:
+    """A Trainer whose step is compiled once, for what it computes and for what it sends."""
+    parsed = sl.Layout.parse(layout)
+    devices = jax.devices()[: parsed.num_devices]
+    trainer = sl.Trainer(CONFIGS[name], parsed, make_optimizer(), seed=SEED, devices=devices, engine=engine)
+    executable = trainer._step.lower(trainer.abstract_state, trainer.place(batch_of(CONFIGS[name]))).compile()
+    trainer.__dict__["_step"] = executable
+    return trainer, executable
+
+
+def run(name: str, layout: str, engine: str) -> dict:
     """The same from a Trainer that starts at the reference's parameters."""
-    config = CONFIGS[name]
-    devices = jax.devices()[: layout.num_devices]
-    trainer = sl.Trainer(config, layout, make_optimizer(), seed=SEED, devices=devices, engine=engine)
+    config, (trainer, _) = CONFIGS[name], compiled(name, layout, engine)
     start = reference(name)["start"]
     state = sl.TrainState(np.zeros((), np.int32), start, trainer.optimizer.init(start))
     state = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), state, trainer.abstract_state)
@@ -182,7 +193,18 @@ def check(expected: dict, found: dict) -> None:
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_layout_gives_the_numbers_of_one_device(name: str, layout: str, engine: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention, "CHUNK", 5)
-    check(reference(name), run(name, sl.Layout.parse(layout), engine))
+    check(reference(name), run(name, layout, engine))
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_the_ledger_is_what_the_compiled_step_sends(name: str, layout: str):
+    """By kind, axes, dtype and size, each as often. The compiler adds only the scalars of the optimizer's norms."""
+    trainer, executable = compiled(name, layout, "manual")
+    traced = sl.inspect.ledger(trainer.step_function, trainer.abstract_state, trainer.place(batch_of(CONFIGS[name])))
+    found = collectives(executable.as_text(), trainer.mesh)
+    assert traced.counts() - found == Counter()
+    assert {key.elements for key in found - traced.counts()} <= {1}
+    assert sum(traced.counts().values()) > 0 or trainer.layout.num_devices == 1
 
 
 def test_padding_of_the_vocabulary_gets_no_gradient():
@@ -220,7 +242,9 @@ def test_a_missing_reduction_is_seen(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(zero, "_reduce", without_data)
     monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))
-    found = run("llama", sl.Layout(data=2, reduce_gradients="step"), "manual")
+    found = run(
+        "llama", "data=2,reduce_gradients=step,remat=none", "manual"
+    )  # a layout of no other test: none is cached
     assert worst(reference("llama")["losses"][0], found["losses"][0])[0] < 1e-12  # before the first update
     assert worst(reference("llama")["grads"], found["grads"])[0] > 0.1
 

@@ -1,0 +1,93 @@
+"""The catalogue, a user's own hardware, and which links a group of devices uses."""
+
+import dataclasses
+
+import pytest
+
+from shardlm.inspect import CATALOGUE, Hardware
+from shardlm.inspect.hardware import get, of_device
+
+MINE = Hardware(
+    name="mine", flops={"bfloat16": 1e14}, memory=24e9, memory_bandwidth=1e12, fast_bandwidth=25e9, domain=4,
+    slow_bandwidth=1e9,
+)  # fmt: skip
+SIZES = {"pipe": 1, "data": 4, "fsdp": 2, "expert": 1, "context": 1, "tensor": 4}
+
+
+def test_names_are_found_in_the_ways_people_write_them():
+    assert get("h100") is get("H100") is get("NVIDIA H100") is CATALOGUE["h100"]
+    assert get("tpu v5p") is get("v5p") is get("TPU_v5p")
+    assert get(MINE) is MINE
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown hardware 'h1000': did you mean 'h100'\? known are a100, h100, h200"):
+        get("h1000")
+    with pytest.raises(ValueError, match=r"or describe your own with shardlm\.inspect\.Hardware\(name="):
+        get("abacus")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"memory": 0}, "memory=0 is not above 0"),
+        ({"flops": {}}, "flops is empty: give the peak FLOP/s of at least one dtype"),
+        ({"flops": {"bfloat16": -1}}, r"flops\['bfloat16'\]=-1 is not above 0"),
+        ({"efficiency": 1.5}, "efficiency=1.5 is not above 0 and at most 1"),
+        ({"domain": 0}, "domain=0 is neither None nor a number of devices"),
+        ({"axis_bandwidth": {"data": 0}}, r"axis_bandwidth\['data'\]=0 is not above 0"),
+    ],
+)
+def test_figures_that_make_no_sense_are_named(changes, text):
+    with pytest.raises(ValueError, match=f"hardware 'mine': {text}"):
+        dataclasses.replace(MINE, **changes)
+
+
+def test_a_dtype_without_a_figure_is_an_error_that_says_how_to_add_it():
+    assert MINE.peak("bfloat16") == MINE.peak("float16") == 1e14
+    with pytest.raises(ValueError, match="has no peak FLOP/s for float32; it has bfloat16. Add one"):
+        MINE.peak("float32")
+
+
+@pytest.mark.parametrize(
+    ("axes", "speed"), [(("tensor",), 25e9), (("fsdp",), 1e9), (("data",), 1e9), (("data", "tensor"), 1e9)]
+)
+def test_a_group_is_as_wide_as_its_slowest_axis(axes, speed):
+    """4 devices a domain: tensor=4 stays within one, fsdp=2 spans 2 x 4."""
+    assert MINE.bandwidth(axes, SIZES)[0] == speed
+
+
+def test_one_domain_for_all_and_figures_by_axis():
+    assert dataclasses.replace(MINE, domain=None).bandwidth(("data",), SIZES) == (25e9, "fast")
+    own = dataclasses.replace(MINE, axis_bandwidth={"data": 3e9})
+    assert own.bandwidth(("data",), SIZES) == (3e9, "given")
+    assert own.bandwidth(("tensor",), SIZES) == (25e9, "fast")
+    half = dataclasses.replace(own, efficiency=0.5)
+    assert half.bandwidth(("data",), SIZES)[0] == 1.5e9
+    assert half.peak("bfloat16") == 5e13
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100", 989.4e12),
+        ("NVIDIA H100 PCIe", None, 756.5e12),
+        ("TPU v5 lite", "v5e", 197e12),
+        ("TPU v6 lite", "v6e", 918e12),
+        ("NVIDIA A100-SXM4-80GB", "a100", 312e12),
+    ],
+)
+def test_devices_are_recognised(kind, name, peak):
+    class Device:
+        device_kind = kind
+
+    found = of_device(Device())
+    assert found.flops["bfloat16"] == peak
+    if name is not None:
+        assert found is CATALOGUE[name]
+
+
+def test_a_cpu_is_not():
+    import jax
+
+    assert of_device(jax.devices()[0]) is None
