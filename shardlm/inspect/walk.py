@@ -44,17 +44,30 @@ class Place:
 def equations(jaxpr: Any, place: Place = Place()) -> Iterator[tuple[Any, Place]]:
     """Every equation that holds no other program, and where it stands, in the order of execution.
 
+    Equations whose results nothing needs are left out, as compilers do.
+
     Args:
         jaxpr: a `jax.extend.core.ClosedJaxpr` (of `jax.make_jaxpr`) or `Jaxpr`.
         place: what surrounds it.
     """
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    for equation in _needed(getattr(jaxpr, "jaxpr", jaxpr)):
         here = at(equation, place)
         inner = list(inside(equation, here))
         if not inner:
             yield equation, here
         for program, around in inner:
             yield from equations(program, around)
+
+
+def _needed(jaxpr: Any) -> list[Any]:
+    needed, kept = set(map(id, jaxpr.outvars)), []
+    for equation in reversed(jaxpr.eqns):
+        # A collective's effect is that it names an axis; without a user it is as dead as any other operation.
+        acts = any(type(effect).__name__ != "NamedAxisEffect" for effect in equation.effects)
+        if acts or not needed.isdisjoint(map(id, equation.outvars)):
+            kept.append(equation)
+            needed.update(map(id, equation.invars))
+    return kept[::-1]
 
 
 def inside(equation: Any, here: Place) -> Iterator[tuple[Any, Place]]:

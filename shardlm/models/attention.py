@@ -3,7 +3,10 @@
 Shape letters: Batch, Query heads, Kv heads, Group, Sequence, head Dim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,19 +87,59 @@ def attend_chunked(
     q_BQSD: Array, k_BKSD: Array, v_BKSD: Array, visibility: Visibility, scale: float, soft_cap: float | None
 ) -> Array:
     """The same, `CHUNK` queries at a time; backward makes each chunk's scores again."""
-    b, heads, s, d = q_BQSD.shape
+    v = visibility
+    return _chunked(scale, soft_cap, q_BQSD, k_BKSD, v_BKSD, (v.index, v.segments, v.window))
+
+
+# One function to whoever differentiates it, so that no choice of what a layer keeps reaches the scores.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(scale: float, soft_cap: float | None, q: Array, k: Array, v: Array, visible: Any) -> Array:
+    pieces, rows, join = _chunks(q)
+    out = jax.lax.map(
+        lambda piece: attend(piece[0], k, v, Visibility(*visible), scale, soft_cap, piece[1]), (pieces, rows)
+    )
+    return join(out)
+
+
+def _chunked_forward(scale: float, soft_cap: float | None, q: Array, k: Array, v: Array, visible: Any):
+    return _chunked(scale, soft_cap, q, k, v, visible), (q, k, v, visible)
+
+
+def _chunked_backward(scale: float, soft_cap: float | None, kept: Any, gradient: Array):
+    q, k, v, visible = kept
+    (pieces, rows, join), (gradients, _, _) = _chunks(q), _chunks(gradient)
+    wide = jnp.promote_types(k.dtype, jnp.float32)
+
+    def one(sums: tuple[Array, Array], piece: tuple[Array, Array, Array]):
+        q, rows, gradient = piece
+        with jax.named_scope("rematted_computation"):  # as JAX names what is made again in backward
+            _, transpose = jax.vjp(
+                lambda q, k, v: attend(q, k, v, Visibility(*visible), scale, soft_cap, rows), q, k, v
+            )
+        dq, dk, dv = transpose(gradient)
+        return (sums[0] + dk.astype(wide), sums[1] + dv.astype(wide)), dq
+
+    start = (jnp.zeros_like(k, wide), jnp.zeros_like(v, wide))
+    (dk, dv), dq = jax.lax.scan(one, start, (pieces, rows, gradients))
+    return join(dq), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _chunks(x_BHSD: Array) -> tuple[Array, Array, Callable[[Array], Array]]:
+    """Parts along the sequence, [chunks, batch, heads, CHUNK, dim], the rows in each, and what joins such parts."""
+    b, heads, s, d = x_BHSD.shape
     count = min(CHUNK, s)
     chunks = -(-s // count)
-    padded = jnp.pad(q_BQSD, ((0, 0), (0, 0), (0, chunks * count - s), (0, 0)))
+    padded = jnp.pad(x_BHSD, ((0, 0), (0, 0), (0, chunks * count - s), (0, 0)))
+    # The padding asks as the last query does, for nobody.
+    rows = jnp.minimum(jnp.arange(chunks * count), s - 1).reshape(chunks, count)
 
-    @jax.checkpoint
-    def chunk(first: Array) -> Array:
-        q = jax.lax.dynamic_slice_in_dim(padded, first, count, axis=2)
-        rows = jnp.minimum(first + jnp.arange(count), s - 1)  # the padding asks as the last query does, for nobody
-        return attend(q, k_BKSD, v_BKSD, visibility, scale, soft_cap, rows)
+    def join(parts: Array) -> Array:
+        return jnp.moveaxis(parts, 0, 2).reshape(b, heads, chunks * count, d)[:, :, :s]
 
-    out = jax.lax.map(chunk, jnp.arange(chunks) * count)
-    return jnp.moveaxis(out, 0, 2).reshape(b, heads, chunks * count, d)[:, :, :s]
+    return jnp.moveaxis(padded.reshape(b, heads, chunks, count, d), 2, 0), rows, join
 
 
 def attend_cudnn(q_BQSD: Array, k_BKSD: Array, v_BKSD: Array, visibility: Visibility, scale: float) -> Array:

@@ -47,6 +47,8 @@ CASES = [
     ("fsdp=8,accumulate=4,remat=full", 64, 256, {"num_kv_heads": 2}),
     ("fsdp=8,zero=1,remat=dots", 64, 128, {"num_kv_heads": 2}),
     ("fsdp=4,tensor=2,sequence_parallel,remat=none", 32, 256, {"vocab_size": 16384, "tied": True}),
+    ("fsdp=4,tensor=2,sequence_parallel,remat=full", 32, 256, {"num_layers": 32}),
+    ("fsdp=8,remat=none", 8, 2048, {"num_layers": 8, "attention": sl.Attention(implementation="chunked")}),
 ]
 
 
