@@ -13,6 +13,7 @@ import numpy as np
 import shardlm as sl
 from shardlm.data import Batches, Epoch
 
+_MOST_CPU_DEVICES = 2048  # of one process: with more, JAX takes some to be another process's
 _SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
 
 
@@ -85,10 +86,20 @@ def train(options: argparse.Namespace) -> int:
 def explain(options: argparse.Namespace) -> int:
     """`python -m shardlm explain`: what a layout costs, on as many devices as it has, which need not exist."""
     layout = sl.Layout.parse(options.layout)
-    devices: Any = options.devices or layout.num_devices
+    layout = layout.resolve(options.devices or layout.num_devices)
+    devices: Any = layout.num_devices
     if options.compile:
-        sl.fake_devices(layout.resolve(devices).num_devices)
-        devices = jax.devices()
+        if devices > _MOST_CPU_DEVICES:
+            raise ValueError(
+                f"--compile: a process can have {_MOST_CPU_DEVICES} fake CPU devices, and this layout has {devices}. Leave "
+                "--compile out, or compile with a smaller data axis, whose size does not change what a device keeps"
+            )
+        try:
+            sl.fake_devices(devices)
+        except RuntimeError as error:  # it came too late, as this is no command line of its own
+            if len(jax.devices()) < devices:
+                raise ValueError(str(error)) from error
+        devices = jax.devices()[:devices]
     config = _config(options)
     trainer = sl.Trainer(config, layout, devices=devices)
     report = trainer.explain(options.batch_size, options.sequence, hardware=options.hardware, compile=options.compile)
