@@ -21,6 +21,7 @@ from shardlm.train.optimizer import adamw
 from shardlm.train.sample import sample
 from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
+from shardlm.verification import Verification, VerificationError, verify
 
 __all__ = [
     "MLP",
@@ -38,6 +39,8 @@ __all__ = [
     "Trainer",
     "Transformer",
     "TransformerConfig",
+    "Verification",
+    "VerificationError",
     "adamw",
     "data",
     "fake_devices",
@@ -45,4 +48,5 @@ __all__ = [
     "restore",
     "sample",
     "save",
+    "verify",
 ]

@@ -28,7 +28,7 @@ ORDER = (
     ("models",),
     ("data", "checkpoint"),
     ("train",),
-    ("runtime", "inspect"),
+    ("runtime", "inspect", "verification"),
     ("bench",),
     ("__main__",),
 )
