@@ -1,4 +1,4 @@
-"""The command line: `python -m shardlm train`."""
+"""The command line: `python -m shardlm train`, `python -m shardlm verify`."""
 
 import argparse
 import dataclasses
@@ -17,13 +17,16 @@ _SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_f
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for training that had to stop, 2 for a mistake in the arguments."""
+    """Run a command; returns the exit status.
+
+    0; 1 for training that had to stop, or a layout that is wrong; 2 for a mistake in the arguments.
+    """
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, OSError, ImportError, sl.NonFiniteLoss) as error:
+    except (ValueError, OSError, ImportError, sl.NonFiniteLoss, sl.VerificationError) as error:
         print("error:", error, *getattr(error, "__notes__", ()), file=sys.stderr)
-        return 1 if isinstance(error, sl.NonFiniteLoss) else 2
+        return 1 if isinstance(error, sl.NonFiniteLoss | sl.VerificationError) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -79,6 +82,24 @@ def train(options: argparse.Namespace) -> int:
         say(f"held-out loss is over {len(held_out)} of {len(data.held_out)} batches of documents not trained on")
     if options.sample:
         _show_sample(trainer, state, data.tokenizer, options, say)
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """`python -m shardlm verify`: hold a layout to the numbers of one device, and say where it fails."""
+    layout = _start_devices(options.layout)
+    config = _config(options)
+    print(
+        sl.verify(
+            config,
+            layout,
+            steps=options.steps,
+            dtype=options.precision,
+            seed=options.seed,
+            engine=options.engine,
+            tolerance=options.tolerance,
+        )
+    )
     return 0
 
 
@@ -207,7 +228,30 @@ def _parser() -> argparse.ArgumentParser:
     add("--sample", type=count, default=200, help="tokens of text to show at the end; 0 for none")
     add("--prompt", default="def ", help="what the sample continues (default: %(default)r)")
     add("--temperature", type=_at_least(0, float), default=0.7, help="of the sample; 0 takes the likeliest token")
+    _add_verify(commands)
     return parser
+
+
+def _add_verify(commands: Any) -> None:
+    command = commands.add_parser(
+        "verify",
+        help="check that a layout computes what one device computes",
+        description="Compare losses, gradients, parameters and optimizer state of a layout with those of one device, "
+        "on random data, and name the first place where they part.",
+        formatter_class=_Help,
+    )
+    command.set_defaults(run=verify, dtype=None)
+    add = command.add_argument
+    add("--layout", help="as of train (default: data=2,fsdp=2,tensor=2 on 8 devices, else fsdp=-1)")
+    add("--preset", default="tiny", help="the model, a name in sl.presets")
+    for name in _SIZES:
+        add(f"--{name.replace('_', '-')}", type=_at_least(1), help="instead of the preset's")
+    add("--dropout", type=float, help="instead of the preset's")
+    add("--dtype", dest="precision", default="float32", help="in which both sides compute: float32 or float64")
+    add("--steps", type=_at_least(1), default=3, help="updates after which parameters are compared")
+    add("--engine", default="manual", help="manual or auto")
+    add("--seed", type=int, default=0, help="of parameters, data and dropout")
+    add("--tolerance", type=float, help="relative to a leaf's largest element (default: from the arithmetic)")
 
 
 if __name__ == "__main__":

@@ -69,13 +69,14 @@ def scan_layers(
     def body(x: Array, inputs: Any) -> tuple[Array, None]:
         return layer(x, *inputs), None
 
-    if execution.layers is None:
+    layers_run = execution.layers
+    if layers_run is None:
         return jax.lax.scan(body, x, (parameters, execution.beside, per_layer))[0]
 
     def counted(carry: tuple[Array, Array], inputs: Any) -> tuple[tuple[Array, Array], None]:
         x, done = carry
         # Every device runs every layer, as communication in a branch may hang; the result is dropped.
-        return (jnp.where(done < execution.layers, layer(x, *inputs), x), done + 1), None
+        return (jnp.where(done < layers_run, layer(x, *inputs), x), done + 1), None
 
     start = (x, jnp.zeros((), jnp.int32))
     return jax.lax.scan(counted, start, (parameters, execution.beside, per_layer))[0][0]

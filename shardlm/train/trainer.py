@@ -180,7 +180,7 @@ class Trainer:
             padded vocabulary] and `nll`[batch, sequence], the negative log-likelihood of each target.
         """
         states.check_usable(state)
-        placed = self.place(batch)
+        placed: dict[str, Any] = self.place(batch)
         shape = placed["tokens"].shape
         places = {"rows": rows, "columns": columns}
         for (name, given), length in zip(places.items(), shape, strict=True):

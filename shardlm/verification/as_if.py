@@ -70,7 +70,7 @@ def _positions(runs: Forwards) -> Iterator[tuple[Diagnosis, np.ndarray]]:
             ("every device counts from 0", np.broadcast_to(np.arange(length) % part, right.shape)),
             ("the parts' positions are in reverse", np.concatenate(np.split(right, count, 1)[::-1], 1)),
         ):
-            if (positions >= 0).all():
+            if runs.trainer.config.max_sequence is None or positions.min() >= 0:  # RoPE takes any
                 text = f"the sequence is in {count} parts over {axis}, and {text}"
                 yield Diagnosis("positions", text, str(axis), "sequence"), positions.astype(np.int32)
     plain = np.broadcast_to(np.arange(length, dtype=np.int32), right.shape)
@@ -123,10 +123,9 @@ def _kv_heads(runs: Forwards, found: Found, target: np.ndarray) -> Diagnosis | N
     group, head = heads // kv, np.arange(heads)
     device = head // (heads // count)
     wide = dataclasses.replace(config, num_kv_heads=heads)
-    reference = Trainer(
-        wide, Layout(), runs.reference.optimizer, seed=runs.reference.seed, devices=runs.reference.mesh.devices.flat,
-        engine="auto",
-    )  # fmt: skip
+    plain = runs.reference
+    devices = list(plain.mesh.devices.flat)
+    reference = Trainer(wide, Layout(), plain.optimizer, seed=plain.seed, devices=devices, engine=plain.engine)
     right = head // group
     for used in (right * 0, device % kv, kv - 1 - right, (right + 1) % kv, (right - 1) % kv, head % kv):
         if (used == right).all():

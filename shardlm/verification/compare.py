@@ -75,12 +75,20 @@ def furthest(expected: np.ndarray, found: Any, mesh: Mesh) -> float:
 
 
 def compare(
-    quantity: str, expected: Any, found: Any, near: Any, mesh: Mesh, base: float, fixed: float | None, update: int = 0
+    quantity: str,
+    expected: Any,
+    found: Any,
+    near: Any,
+    mesh: Mesh,
+    base: float,
+    fixed: float | None,
+    parameters: frozenset[str],
+    update: int = 0,
 ) -> Iterator[Difference]:
     """A `Difference` for each leaf.
 
-    A gradient that is zero in exact arithmetic (of a bias on attention's keys, say) consists of rounding noise, and is
-    measured not by itself but by the largest gradient there is.
+    A gradient that is zero in exact arithmetic (of a bias on attention's keys, say) consists of rounding noise, and so
+    do its moments: these are measured not by themselves but by the largest gradient, or moment of their kind, there is.
 
     Args:
         quantity, update: see `Difference`.
@@ -90,16 +98,30 @@ def compare(
         mesh: of the arrays found.
         base: the tolerance from the arithmetic.
         fixed: the tolerance asked for, or None.
+        parameters: their paths.
     """
     wanted, moved, got = leaves(expected), leaves(near), leaves(found)
     assert list(wanted) == list(got), (list(wanted), list(got))
-    largest = max((size(x) for x in wanted.values()), default=1.0) if quantity == "gradients" else 0.0
+    families: dict[str, float] = {}
     for path, value in wanted.items():
-        scale = size(value)
+        family = _family(quantity, path, parameters)
+        families[family] = max(families.get(family, 0.0), size(value))
+    for path, value in wanted.items():
+        scale, largest = size(value), families[_family(quantity, path, parameters)]
         scale = largest if scale <= base * largest else scale
         reaction = distance(value, moved[path]) / scale
         tolerance = max(base, REACTION * reaction) if fixed is None else fixed
         yield Difference(quantity, path, update, furthest(value, got[path], mesh) / scale, tolerance)
+
+
+def _family(quantity: str, path: str, parameters: frozenset[str]) -> str:
+    """Leaves of one kind: all gradients, all first moments; a parameter is of its own kind."""
+    if quantity == "gradients":
+        return ""
+    names = path.split("/")
+    ends = ("/".join(names[start:]) for start in range(1, len(names)))
+    end = next((end for end in ends if end in parameters), "") if quantity == "optimizer state" else ""
+    return path.removesuffix(end)
 
 
 def worst(differences: list[Difference]) -> Difference:

@@ -77,8 +77,6 @@ def update(
     if first.quantity not in order[:2]:
         text = f"the loss before update {step}, with the state before it right"
         return Place("update", first.leaf, None, text), Diagnosis("unknown", "the loss is wrong from a right state")
-    failed = [d for d in failed if d.quantity == first.quantity]
-    first = worst(failed)
     part = "opt_state" if first.quantity == "optimizer state" else "params"
     rest = "" if part == "opt_state" else "; the optimizer state agrees"
     place = Place(

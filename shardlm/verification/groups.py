@@ -56,7 +56,7 @@ class Groups:
         if key not in self._means:
             weights = np.where(mask, self.batch["weights"], 0)
             if not weights.any():
-                return np.zeros(1)
+                return np.zeros(self._shape_of(leaf))
             loss, grads = self.reference.loss_and_grads(self._state, self.batch | {"weights": weights})
             self._means[key] = float(loss), {path: np.asarray(x) for path, x in leaves(grads).items()}
         loss, grads = self._means[key]
@@ -72,10 +72,10 @@ class Groups:
 
         def mean(mask: np.ndarray) -> np.ndarray:
             found = self.mean(mask, leaf)
-            return found if layer is None or found.shape == (1,) else found[layer]
+            return found if layer is None else found[layer]
 
         for name, axes, masks in self.splits():
-            shares = {at: np.broadcast_to(mean(m) * self.share(m), s.found.shape) for at, m in masks.items()}
+            shares = {at: mean(m) * self.share(m) for at, m in masks.items()}
             if axes == ("accumulate",):
                 partial = any(s.close(share, s.found.whole()) for share in shares.values())
             else:
@@ -87,7 +87,7 @@ class Groups:
                 text = f"{s.what} is the share of one part of the batch: the sum over {name} is missing"
                 return Diagnosis("missing reduction", text, axes[0])
         for name, axes, masks in self.splits():
-            average = sum(mean(mask) for mask in masks.values()) / len(masks)
+            average = np.mean([mean(mask) for mask in masks.values()], axis=0)
             if s.close(average, s.found.whole()):
                 text = (
                     f"{s.what} is the average over {name} of {len(masks)} means, each divided by its own weight; "
@@ -95,6 +95,9 @@ class Groups:
                 )
                 return Diagnosis("mean of means", text, axes[0])
         return None
+
+    def _shape_of(self, leaf: str | None) -> tuple[int, ...]:
+        return () if leaf is None else leaves(self.reference.abstract_state.params)[leaf].shape
 
     @cached_property
     def _shape(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
 from shardlm.verification.compare import leaves
 
-_ROWS, _SEQUENCE = 2, 12  # rows of each device and microbatch; the least length of a row
+_LENGTH, _ROWS = 12, 8  # of a row, and of them, at least
 
 
 def random_batch(config: TransformerConfig, layout: Layout, seed: int) -> dict[str, np.ndarray]:
@@ -27,10 +27,11 @@ def random_batch(config: TransformerConfig, layout: Layout, seed: int) -> dict[s
     """
     random = np.random.default_rng(seed)
     unit = math.lcm(layout.tensor, 2 * layout.context)
-    length = -(-_SEQUENCE // unit) * unit
+    length = -(-_LENGTH // unit) * unit
     if config.max_sequence is not None and length > config.max_sequence:
         length = max(config.max_sequence // unit, 1) * unit
-    shape = (_ROWS * layout.batch_shards * layout.accumulate, length)
+    parts = layout.batch_shards * layout.accumulate
+    shape = (max(-(-_ROWS // parts), 2) * parts, length)
     weights = random.random(shape).astype(np.float32) * (random.random(shape) > 0.3)
     weights[:, -1] += 0.5  # no row, and so no device's part, without any
     segments = np.sort(random.integers(1, 4, shape))

@@ -14,7 +14,7 @@ from shardlm.models.config import TransformerConfig
 from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
 from shardlm.verification import explain, inputs
-from shardlm.verification.compare import Difference, compare
+from shardlm.verification.compare import Difference, compare, leaves
 from shardlm.verification.reference import plain_of
 from shardlm.verification.result import Verification, VerificationError
 from shardlm.verification.tolerance import Arithmetic
@@ -149,12 +149,12 @@ def _verify(
     for update in range(1, steps + 1):
         before = side.state
         expected, found, near = side.update()
-        state: list[Difference] = []
         if update > 1:
             differences += side.compare("loss", expected["loss"], found["loss"], near["loss"], update - 1)
+        state: list[Difference] = []
         for name, part in (("parameters", "params"), ("optimizer state", "opt_state")):
-            trees = (getattr(x["state"], part) for x in (expected, found, near))
-            state += side.compare(name, *trees, update)
+            wanted, got, moved = (getattr(x["state"], part) for x in (expected, found, near))
+            state += side.compare(name, wanted, got, moved, update)
         last = [d for d in differences if d.quantity in ("loss", "gradients")]
         differences = last + state
         if any(d.fails for d in differences):
@@ -184,7 +184,8 @@ class _Sides:
     def compare(self, quantity: str, expected: Any, found: Any, near: Any, update: int) -> list[Difference]:
         """The differences of two trees."""
         base, mesh = self.arithmetic.step(), self.trainer.mesh
-        return list(compare(quantity, expected, found, near, mesh, base, self._tolerance, update))
+        names = frozenset(leaves(self.start.params))
+        return list(compare(quantity, expected, found, near, mesh, base, self._tolerance, names, update))
 
     def gradients(self) -> list[dict[str, Any]]:
         """Loss and gradients before any update: expected, found, near; on the host but for those found."""
