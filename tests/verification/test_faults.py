@@ -12,6 +12,7 @@ from shardlm.layout import Axis
 from shardlm.models.attention import Visibility
 from shardlm.models.dropout import Dropout
 from shardlm.models.kernel import Kernel
+from shardlm.models.transformer import Block
 from shardlm.parallel import tensor, zero
 from shardlm.train import engine
 from shardlm.train import trainer as trainers
@@ -162,6 +163,26 @@ def across_segments(monkeypatch):
     monkeypatch.setattr(Visibility, "mask", everywhere)
 
 
+def second_mlp_doubled(monkeypatch):
+    branch = Block._branch
+
+    def doubled(self, y, norm, dropout, layer, site):
+        wrong = jnp.where(layer == 1, 2, 1) if site == 1 and collectives.active(Axis.DATA) else 1
+        return wrong * branch(self, y, norm, dropout, layer, site)
+
+    monkeypatch.setattr(Block, "_branch", doubled)
+
+
+def first_query_negated(monkeypatch):
+    finish = zero.finish
+
+    def negated(gradient, plan):
+        wrong = plan.split.path == "layers/attention/query/kernel"
+        return finish(gradient.at[0].multiply(-1) if wrong else gradient, plan)
+
+    monkeypatch.setattr(zero, "finish", negated)
+
+
 def gathered_backwards(monkeypatch):
     gather = zero._gather
 
@@ -220,7 +241,7 @@ def moments_kept_on_one_device(monkeypatch):
     monkeypatch.setattr(trainers, "make_step", make)
 
 
-HEAD, UP = "head/table", "layers/mlp/up/kernel"
+HEAD, UP, QUERY = "head/table", "layers/mlp/up/kernel", "layers/attention/query/kernel"
 # Fault, model, layout; then kind, axis, dim; then stage, part and layer.
 FAULTS = [
     (no_sum_over_data, "llama", "data=2,reduce_gradients=step",
@@ -245,6 +266,8 @@ FAULTS = [
     (dropout_from_local_rows, "gpt", "data=2", ("dropout", "data", "batch"), ("forward", "embedding", None)),
     (across_segments, "llama", "data=2", ("segments", None, "sequence"), ("forward", "attention", 0)),
     (gathered_backwards, "llama", "fsdp=4", ("permutation", "fsdp", "embed"), ("forward", "mlp", 0)),
+    (second_mlp_doubled, "llama", "data=2", ("scale", None, None), ("forward", "mlp", 1)),
+    (first_query_negated, "llama", "data=2,reduce_gradients=step", ("sign", None, None), ("backward", QUERY, 0)),
     (reduced_backwards, "llama", "fsdp=4,zero=2", ("permutation", "fsdp", "embed"), ("backward", HEAD, None)),
     (updated_gathered_backwards, "llama", "fsdp=4,zero=1",
      ("permutation", "fsdp", "embed"), ("update", "embedding/table", None)),
