@@ -9,9 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from shardlm.verification.copies import Copies
-
-REACTION = 16
-"""How many times the reference's own reaction to rounding is tolerated; see `tolerance`."""
+from shardlm.verification.tolerance import Arithmetic
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def compare(
     found: Any,
     near: Any,
     mesh: Mesh,
-    base: float,
+    arithmetic: Arithmetic,
     fixed: float | None,
     parameters: frozenset[str],
     update: int = 0,
@@ -96,10 +94,11 @@ def compare(
         found: the layout's, of global arrays.
         near: the reference's from parameters moved by rounding; see `tolerance`.
         mesh: of the arrays found.
-        base: the tolerance from the arithmetic.
+        arithmetic: gives the tolerance.
         fixed: the tolerance asked for, or None.
         parameters: their paths.
     """
+    base = arithmetic.step()
     wanted, moved, got = leaves(expected), leaves(near), leaves(found)
     assert list(wanted) == list(got), (list(wanted), list(got))
     families: dict[str, float] = {}
@@ -109,8 +108,8 @@ def compare(
     for path, value in wanted.items():
         scale, largest = size(value), families[_family(quantity, path, parameters)]
         scale = largest if scale <= base * largest else scale
-        reaction = distance(value, moved[path]) / scale
-        tolerance = max(base, REACTION * reaction) if fixed is None else fixed
+        reaction = arithmetic.reaction * distance(value, moved[path]) / scale
+        tolerance = 0.0 if value.dtype.kind in "iub" else max(base, reaction) if fixed is None else fixed
         yield Difference(quantity, path, update, furthest(value, got[path], mesh) / scale, tolerance)
 
 

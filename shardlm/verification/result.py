@@ -85,9 +85,11 @@ class Verification:
         return rows
 
     def _all_notes(self) -> list[str]:
-        noise = {d.leaf for d in self.differences if d.tolerance > NOISE}
-        told = [f"rounding alone decides {', '.join(sorted(noise))}: nothing is learnt from that"] if noise else []
-        return [*self.notes, *told]
+        noise = sorted({f"{d.quantity} {d.leaf}".strip() for d in self.differences if d.tolerance > NOISE})
+        if not noise:
+            return list(self.notes)
+        named = ", ".join(noise[:4]) + (f" and {len(noise) - 4} more" if len(noise) > 4 else "")
+        return [*self.notes, f"rounding alone decides {named}: nothing is learnt from that"]
 
 
 class VerificationError(AssertionError):

@@ -183,9 +183,8 @@ class _Sides:
 
     def compare(self, quantity: str, expected: Any, found: Any, near: Any, update: int) -> list[Difference]:
         """The differences of two trees."""
-        base, mesh = self.arithmetic.step(), self.trainer.mesh
-        names = frozenset(leaves(self.start.params))
-        return list(compare(quantity, expected, found, near, mesh, base, self._tolerance, names, update))
+        mesh, names = self.trainer.mesh, frozenset(leaves(self.start.params))
+        return list(compare(quantity, expected, found, near, mesh, self.arithmetic, self._tolerance, names, update))
 
     def gradients(self) -> list[dict[str, Any]]:
         """Loss and gradients before any update: expected, found, near; on the host but for those found."""

@@ -19,7 +19,9 @@ second time from such parameters, each moved up or down at random, and the toler
 
     max(base, 16 x what the reference's own leaf changed by)
 
-where 16 allows for the one random draw having been kind to the one element that decides.
+where 16 allows for the one random draw having been kind to the one element that decides. A narrow type moves every
+element so much that the draw matters less, and what it does to an optimizer is already as large as it gets: there it
+is 4. Integers, such as a count of updates, are equal or wrong.
 """
 
 from typing import Any
@@ -29,7 +31,7 @@ import numpy as np
 
 from shardlm.models.config import TransformerConfig
 
-NOISE = 0.05
+NOISE = 0.3
 """A leaf with a larger tolerance than this tells nothing: rounding alone decides its values."""
 
 
@@ -57,6 +59,7 @@ class Arithmetic:
         self.tokens = tokens
         narrow = dtype in ("bfloat16", "float16")
         self.eps = float(np.finfo(np.float64 if dtype == "float64" else np.float32).eps)
+        self.reaction = 4 if narrow else 16
         self.narrow_eps = float(jax.numpy.finfo(dtype).eps) if narrow else 0.0
 
     def step(self) -> float:

@@ -83,7 +83,7 @@ def test_the_result_prints_as_a_table_and_as_html():
         "loss              1       1e-07      1e-05  after update 0",
         "gradients         3       2e-07      1e-05  a<b",
         "note: compared in float32",
-        "note: rounding alone decides head/table: nothing is learnt from that",
+        "note: rounding alone decides gradients head/table: nothing is learnt from that",
     ]
     assert "<td>a&lt;b</td>" in result._repr_html_()
     assert json.loads(json.dumps(result.to_dict()))["differences"][0]["fails"] is False
@@ -119,6 +119,16 @@ def test_the_tolerance_follows_the_dtype_and_the_size():
     assert ratio == pytest.approx(np.finfo(np.float32).eps / np.finfo(np.float64).eps)
     assert tolerance.Arithmetic(LLAMA, params, 96, "bfloat16").step() > 1e-2
     assert tolerance.Arithmetic(None, params, 96, "float64").step() < small
+
+
+def test_integers_are_equal_or_wrong():
+    mesh, arithmetic = sl.Layout().mesh(jax.devices()[:1]), tolerance.Arithmetic(LLAMA, np.zeros(3), 96, "float32")
+    tree = {"count": np.int32(1000)}
+    found = jax.device_put({"count": np.int32(1001)}, jax.devices()[0])
+    names = frozenset({"kernel"})
+    for got, fails in ((found, True), (jax.device_put(tree, jax.devices()[0]), False)):
+        [result] = compare.compare("optimizer state", tree, got, tree, mesh, arithmetic, 0.1, names)
+        assert result.fails is fails and result.tolerance == 0
 
 
 def test_the_function_is_public_and_its_folder_importable():
