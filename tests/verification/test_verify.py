@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import shardlm as sl
+from shardlm.parallel import zero
 from shardlm.verification import compare, run, tolerance
 from shardlm.verification.diagnosis import KINDS, Diagnosis, Place
 from shardlm.verification.inputs import random_batch
@@ -42,6 +43,15 @@ def test_a_trainer_is_verified_as_it_is(verify):
     assert result.agrees and result.dtype == "float32" and result.devices == 2
     with pytest.raises(ValueError, match="the trainer has its own layout and dtype: leave out layout, dtype="):
         sl.verify(trainer, sl.Layout(), dtype="float64")
+
+
+def test_a_gradient_off_by_a_thousandth_is_seen_in_float32(verify, monkeypatch):
+    finish = zero.finish
+    monkeypatch.setattr(zero, "finish", lambda g, plan: finish(g, plan) * (1.001 if plan.axes else 1))
+    with pytest.raises(
+        sl.VerificationError, match="is 1.001 times what it should be, everywhere; no axis has that size"
+    ):
+        verify("llama", "data=2", "float32", steps=1)
 
 
 def test_a_tolerance_below_rounding_is_called_rounding(verify):
