@@ -22,6 +22,7 @@ from shardlm.train.optimizer import adamw
 from shardlm.train.sample import sample
 from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
+from shardlm.verification import Verification, VerificationError, verify
 
 __all__ = [
     "MLP",
@@ -40,6 +41,8 @@ __all__ = [
     "Trainer",
     "Transformer",
     "TransformerConfig",
+    "Verification",
+    "VerificationError",
     "adamw",
     "data",
     "fake_devices",
@@ -48,4 +51,5 @@ __all__ = [
     "restore",
     "sample",
     "save",
+    "verify",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `python -m shardlm train`, and `python -m shardlm explain`."""
+"""The command line: `python -m shardlm train`, `explain` and `verify`."""
 
 import argparse
 import dataclasses
@@ -18,13 +18,16 @@ _SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_f
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for training that had to stop, 2 for a mistake in the arguments."""
+    """Run a command; returns the exit status.
+
+    0; 1 for training that had to stop, or a layout that is wrong; 2 for a mistake in the arguments.
+    """
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, OSError, ImportError, sl.NonFiniteLoss) as error:
+    except (ValueError, OSError, ImportError, sl.NonFiniteLoss, sl.VerificationError) as error:
         print("error:", error, *getattr(error, "__notes__", ()), file=sys.stderr)
-        return 1 if isinstance(error, sl.NonFiniteLoss) else 2
+        return 1 if isinstance(error, sl.NonFiniteLoss | sl.VerificationError) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -91,8 +94,8 @@ def explain(options: argparse.Namespace) -> int:
     if options.compile:
         if devices > _MOST_CPU_DEVICES:
             raise ValueError(
-                f"--compile: a process can have {_MOST_CPU_DEVICES} fake CPU devices, and this layout has {devices}. Leave "
-                "--compile out, or compile with a smaller data axis, whose size does not change what a device keeps"
+                f"--compile: a process can have {_MOST_CPU_DEVICES} fake CPU devices, and this layout has {devices}. "
+                "Leave --compile out, or compile with a smaller data axis, whose size does not change what a device keeps"
             )
         try:
             sl.fake_devices(devices)
@@ -108,6 +111,24 @@ def explain(options: argparse.Namespace) -> int:
     else:
         print(report)
     return 1 if report.fits is False else 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """`python -m shardlm verify`: hold a layout to the numbers of one device, and say where it fails."""
+    layout = _start_devices(options.layout)
+    config = _config(options)
+    print(
+        sl.verify(
+            config,
+            layout,
+            steps=options.steps,
+            dtype=options.precision,
+            seed=options.seed,
+            engine=options.engine,
+            tolerance=options.tolerance,
+        )
+    )
+    return 0
 
 
 def _start_devices(text: str | None) -> sl.Layout:
@@ -265,7 +286,31 @@ def _parser() -> argparse.ArgumentParser:
     add("--hardware", help=f"judge it by this: {', '.join(sl.inspect.CATALOGUE)}")
     add("--compile", action="store_true", help="compile the step for fake CPU devices too, for the compiler's own view")
     add("--json", action="store_true", help="print the report as JSON")
+
+    _add_verify(commands)
     return parser
+
+
+def _add_verify(commands: Any) -> None:
+    command = commands.add_parser(
+        "verify",
+        help="check that a layout computes what one device computes",
+        description="Compare losses, gradients, parameters and optimizer state of a layout with those of one device, "
+        "on random data, and name the first place where they part.",
+        formatter_class=_Help,
+    )
+    command.set_defaults(run=verify, dtype=None)
+    add = command.add_argument
+    add("--layout", help="as of train (default: data=2,fsdp=2,tensor=2 on 8 devices, else fsdp=-1)")
+    add("--preset", default="tiny", help="the model, a name in sl.presets")
+    for name in _SIZES:
+        add(f"--{name.replace('_', '-')}", type=_at_least(1), help="instead of the preset's")
+    add("--dropout", type=float, help="instead of the preset's")
+    add("--dtype", dest="precision", default="float32", help="in which both sides compute: float32 or float64")
+    add("--steps", type=_at_least(1), default=3, help="updates after which parameters are compared")
+    add("--engine", default="manual", help="manual or auto")
+    add("--seed", type=int, default=0, help="of parameters, data and dropout")
+    add("--tolerance", type=float, help="relative to a leaf's largest element (default: from the arithmetic)")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m shardlm train` says what it does, does it, and outlives mistakes, Ctrl-C and kills."""
+"""`python -m shardlm train` says what it does, does it, and outlives mistakes, Ctrl-C and kills; `verify` judges."""
 
 import contextlib
 import io
@@ -17,6 +17,7 @@ import pytest
 import shardlm as sl
 from shardlm.__main__ import main
 from shardlm.checkpoint import Checkpoints
+from shardlm.parallel import zero
 
 ROOT = Path(__file__).parents[1]
 SIZES = "--num-layers 1 --d-model 16 --num-heads 2 --num-kv-heads 1 --d-ff 24 --batch-size 4 --sequence 16 --sample 0"
@@ -220,6 +221,30 @@ def test_a_number_out_of_range_is_refused_before_anything_else(run, arguments, m
     output, errors = capsys.readouterr()
     assert (exit.value.code, output) == (2, "")
     assert errors.splitlines()[-1].endswith(f"error: {message}")
+
+
+VERIFY = "verify --layout data=2,fsdp=2,tensor=2 --num-layers 2 --d-model 16 --num-heads 2 --d-ff 24 --steps 1"
+
+
+def test_verify_prints_the_comparison(capsys):
+    assert main([*VERIFY.split(), "--dtype", "float64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith(
+        "data=2,fsdp=2,tensor=2 agrees with one device: 8 devices against 1, manual engine, float64"
+    )
+    assert [line.split()[0] for line in lines[3:8]] == ["quantity", "loss", "gradients", "parameters", "optimizer"]
+
+
+def test_verify_ends_with_status_1_where_the_layout_is_wrong_and_2_for_a_mistake(capsys, monkeypatch):
+    assert main([*VERIFY.split(), "--dtype", "int8"]) == 2
+    assert "error: verify: dtype='int8'; it is one of 'float32', 'float64'" in capsys.readouterr().err
+    finish = zero.finish
+    monkeypatch.setattr(zero, "finish", lambda g, plan: 2 * finish(g, plan) if plan.axes else finish(g, plan))
+    assert main(VERIFY.split()) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: data=2,fsdp=2,tensor=2 does not compute what one device computes")
+    assert "diagnosis: scale on data: the gradient of head/table is 2 times what it should be" in errors
+    assert "Traceback" not in errors
 
 
 def test_a_command_must_be_given(capsys):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -13,7 +14,7 @@ from shardlm.parallel import remat
 
 @dataclass(frozen=True)
 class Execution:
-    """How a call of the model is executed; it changes nothing in what is computed.
+    """How a call of the model is executed; but for `layers` it changes nothing in what is computed.
 
     Attributes:
         remat: what a layer keeps for its backward, a name of `parallel.remat`.
@@ -21,12 +22,14 @@ class Execution:
         prepare: makes one layer's parameters ready for use from (its parameters as the module holds them, its slice of
             `beside`). ZeRO gathers here.
         beside: a tree of arrays with a leading layer dim, scanned beside the parameters.
+        layers: stop after so many layers (an integer scalar, which may be traced); None runs all.
     """
 
     remat: str = "none"
     sequence_parallel: bool = False
     prepare: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None
     beside: Any = None
+    layers: Array | None = None
 
 
 PLAIN = Execution()
@@ -49,7 +52,7 @@ def scan_layers(
         execution: see there.
 
     Returns:
-        What the last layer returned.
+        What the last layer returned, or the one at which `execution.layers` stops.
     """
     graph, state = nnx.split(layers)
     parameters = nnx.to_pure_dict(state)
@@ -66,4 +69,14 @@ def scan_layers(
     def body(x: Array, inputs: Any) -> tuple[Array, None]:
         return layer(x, *inputs), None
 
-    return jax.lax.scan(body, x, (parameters, execution.beside, per_layer))[0]
+    layers_run = execution.layers
+    if layers_run is None:
+        return jax.lax.scan(body, x, (parameters, execution.beside, per_layer))[0]
+
+    def counted(carry: tuple[Array, Array], inputs: Any) -> tuple[tuple[Array, Array], None]:
+        x, done = carry
+        # Every device runs every layer, as communication in a branch may hang; the result is dropped.
+        return (jnp.where(done < layers_run, layer(x, *inputs), x), done + 1), None
+
+    start = (x, jnp.zeros((), jnp.int32))
+    return jax.lax.scan(counted, start, (parameters, execution.beside, per_layer))[0][0]

@@ -8,6 +8,7 @@ makes it an
   independent check.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from shardlm.models.config import TransformerConfig
 from shardlm.models.dropout import Dropout
 from shardlm.models.stack import Execution
 from shardlm.models.transformer import Transformer, parameter_dims
-from shardlm.parallel import zero
+from shardlm.parallel import tensor, zero
 from shardlm.train.loss import loss_sum
 
 Parameters = dict[str, Any]
@@ -151,6 +152,48 @@ def logits(plan: Plan) -> Callable[[Parameters, Array], Array]:
     def function(parameters: Parameters, tokens: Array) -> Array:
         batch = {"tokens": tokens}
         return _manual(plan, local, batch, spec)(flatten(parameters), batch)
+
+    return function
+
+
+def forward(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, Array], Array, Array], dict[str, Array]]:
+    """A function (parameters, batch, dropout key, layers) -> what the forward holds after so many layers.
+
+    That is `hidden`[batch, sequence, embed], and, as if no layer followed, `logits`[batch, sequence, padded vocabulary]
+    and `nll`[batch, sequence], without the weights. The batch is that of a step; it may bring `rows` and `columns`, the
+    places from which dropout masks are drawn.
+    """
+
+    def run(model: Transformer, execution: Execution, batch: dict[str, Array], key: Array, layers: Array):
+        rate = plan.config.dropout
+        hidden = model.hidden(
+            batch["tokens"],
+            segments=batch.get("segments"),
+            positions=batch.get("positions"),
+            dropout=Dropout(rate, key, batch["rows"], batch["columns"]) if rate else None,
+            execution=dataclasses.replace(execution, layers=layers),
+        )
+        logits = model.logits(hidden)
+        return {"hidden": hidden, "logits": logits, "nll": tensor.cross_entropy(logits, batch["targets"])}
+
+    def local(parameters: dict[str, Array], batch: dict[str, Array], key: Array, layers: Array) -> dict[str, Array]:
+        ready, begun = _prepare(plan, parameters)
+        return run(*ready(begun), batch, key, layers)
+
+    rules = plan.table.rules
+    sequence = rules["sequence"] + ((str(Axis.TENSOR),) if plan.layout.sequence_parallel else ())
+    specs = {
+        "hidden": PartitionSpec(rules["batch"] or None, sequence or None),
+        "logits": PartitionSpec(rules["batch"] or None, rules["sequence"] or None, rules["vocab"] or None),
+        "nll": plan.batch_spec(),
+    }
+
+    def function(parameters: Parameters, batch: dict[str, Array], key: Array, layers: Array) -> dict[str, Array]:
+        batch = _with_places(batch) | batch
+        if engine == "auto":
+            return run(merge(plan.graph, parameters), Execution(remat=plan.layout.remat), batch, key, layers)
+        extra = (PartitionSpec(), PartitionSpec())
+        return _manual(plan, local, batch, specs, *extra)(flatten(parameters), batch, key, layers)
 
     return function
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
@@ -200,6 +201,31 @@ class Trainer:
         states.check_usable(state)
         return self._run(self._loss_and_grads, state, self.place(batch))
 
+    def forward(
+        self, state: TrainState, batch: Batch, layers: int | None = None, *, rows: Any = None, columns: Any = None
+    ) -> dict[str, Array]:
+        """What the forward of a training step holds after so many layers, under the step's dropout masks.
+
+        Args:
+            state: its `params` and `step` are used.
+            batch: see `step`.
+            layers: stop after so many, 0 for the embedding alone; None runs them all.
+            rows, columns: int32[batch] and int32[sequence], the places from which dropout masks are drawn; default
+                0, 1, 2, ...
+
+        Returns:
+            Global arrays: `hidden`[batch, sequence, embed], and, as if no layer followed, `logits`[batch, sequence,
+            padded vocabulary] and `nll`[batch, sequence], the negative log-likelihood of each target.
+        """
+        states.check_usable(state)
+        placed: dict[str, Any] = self.place(batch)
+        shape = placed["tokens"].shape
+        places = {"rows": rows, "columns": columns}
+        for (name, given), length in zip(places.items(), shape, strict=True):
+            placed[name] = np.arange(length, dtype=np.int32) if given is None else np.asarray(given, np.int32)
+        count = np.int32(self.config.num_layers if layers is None else layers)
+        return self._run(self._forward, state.params, placed, dropout_key(self.seed, state.step), count)
+
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
         """Mean loss over all tokens of `batches`, without dropout; weights count as in training.
 
@@ -351,6 +377,10 @@ class Trainer:
             return total / weight, grads
 
         return jax.jit(mean, out_shardings=(None, self.plan.shardings("sharded")))
+
+    @cached_property
+    def _forward(self):
+        return jax.jit(engines.forward(self.plan, self.engine))
 
     @cached_property
     def _evaluate(self):

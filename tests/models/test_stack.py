@@ -107,3 +107,9 @@ def test_prepare_sees_each_layers_parameters_and_its_slice_of_beside():
 def test_a_name_that_is_no_rematerialisation():
     with pytest.raises(ValueError, match="remat='some'; it is one of 'none', 'dots', 'full'"):
         scanned(parameters(), Execution(remat="some"))
+
+
+@pytest.mark.parametrize("layers", range(LAYERS + 1))
+def test_it_stops_after_so_many_layers(layers):
+    stop = jax.jit(lambda p, n: scanned(p, Execution(layers=n)))
+    np.testing.assert_allclose(stop(parameters(), layers), looped(parameters(), range(layers)), rtol=0, atol=1e-14)

@@ -341,3 +341,19 @@ def test_programs_do_not_overlap_on_fake_devices():
     results = trainer.loss_and_grads(state, batch)
     assert all(leaf.is_ready() for leaf in jax.tree.leaves(results))
     assert all(leaf.is_ready() for leaf in jax.tree.leaves(trainer.step(state, batch)))
+
+
+@pytest.mark.parametrize("engine", ["manual", "auto"])
+def test_forward_shows_what_the_loss_is_made_of(cube, state, engine):
+    trainer = cube if engine == "manual" else make_trainer(CUBE, engine="auto")
+    batch = make_batch()
+    after = [trainer.forward(state, batch, layers) for layers in (None, 1, 0)]
+    weights, nll = batch["weights"].astype(np.float32), np.asarray(after[0]["nll"])
+    loss = cube.evaluate(state, [batch])["loss"]
+    assert (weights * nll).sum() / weights.sum(dtype=np.float64) == pytest.approx(loss, rel=1e-12)
+    real = np.asarray(after[0]["logits"])[..., :VOCABULARY]
+    picked = np.take_along_axis(real, batch["targets"][..., None], -1)[..., 0]
+    np.testing.assert_allclose(jax.nn.logsumexp(real, -1) - picked, nll, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(after[0]["hidden"], after[1]["hidden"])  # it has one layer
+    table = np.asarray(state.params["embedding"]["table"])
+    np.testing.assert_allclose(after[2]["hidden"], table[batch["tokens"]], rtol=0, atol=1e-15)
