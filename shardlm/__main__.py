@@ -95,7 +95,7 @@ def explain(options: argparse.Namespace) -> int:
         if devices > _MOST_CPU_DEVICES:
             raise ValueError(
                 f"--compile: a process can have {_MOST_CPU_DEVICES} fake CPU devices, and this layout has {devices}. "
-                "Leave --compile out, or compile with a smaller data axis, whose size does not change what a device keeps"
+                "Leave it out, or compile with a smaller data axis, whose size does not change what a device keeps"
             )
         try:
             sl.fake_devices(devices)
@@ -116,13 +116,14 @@ def explain(options: argparse.Namespace) -> int:
 def verify(options: argparse.Namespace) -> int:
     """`python -m shardlm verify`: hold a layout to the numbers of one device, and say where it fails."""
     layout = _start_devices(options.layout)
+    dtype, options.dtype = options.dtype or "float32", None  # of both sides, whatever the preset computes in
     config = _config(options)
     print(
         sl.verify(
             config,
             layout,
             steps=options.steps,
-            dtype=options.precision,
+            dtype=dtype,
             seed=options.seed,
             engine=options.engine,
             tolerance=options.tolerance,
@@ -230,7 +231,7 @@ def _add_model(add: Callable[..., Any]) -> None:
     for name in _SIZES:
         add(f"--{name.replace('_', '-')}", type=_at_least(1), help="instead of the preset's")
     add("--dropout", type=float, help="instead of the preset's")
-    add("--dtype", help="of the computation: float32 or bfloat16, instead of the preset's")
+    add("--dtype", help="of the computation, instead of the preset's: float32 or bfloat16 (verify: float32 or float64)")
     add("--attention", choices=("xla", "chunked", "cudnn"), help="how it is computed, instead of the preset's way")
 
 
@@ -299,14 +300,10 @@ def _add_verify(commands: Any) -> None:
         "on random data, and name the first place where they part.",
         formatter_class=_Help,
     )
-    command.set_defaults(run=verify, dtype=None)
+    command.set_defaults(run=verify)
     add = command.add_argument
     add("--layout", help="as of train (default: data=2,fsdp=2,tensor=2 on 8 devices, else fsdp=-1)")
-    add("--preset", default="tiny", help="the model, a name in sl.presets")
-    for name in _SIZES:
-        add(f"--{name.replace('_', '-')}", type=_at_least(1), help="instead of the preset's")
-    add("--dropout", type=float, help="instead of the preset's")
-    add("--dtype", dest="precision", default="float32", help="in which both sides compute: float32 or float64")
+    _add_model(add)
     add("--steps", type=_at_least(1), default=3, help="updates after which parameters are compared")
     add("--engine", default="manual", help="manual or auto")
     add("--seed", type=int, default=0, help="of parameters, data and dropout")

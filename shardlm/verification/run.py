@@ -108,9 +108,10 @@ def _in(config: TransformerConfig, dtype: str) -> tuple[TransformerConfig, tuple
         notes.append(
             f"the configuration computes in {config.dtype} and stores {config.param_dtype}; compared in {dtype}"
         )
-    if config.attention.implementation != "xla":
-        notes.append(f"attention by {config.attention.implementation} was replaced by plain XLA, which takes {dtype}")
-    attention = dataclasses.replace(config.attention, implementation="xla")
+    attention = config.attention
+    if attention.implementation == "cudnn":
+        notes.append(f"attention by cudnn was replaced by plain XLA, which takes {dtype}")
+        attention = dataclasses.replace(attention, implementation="xla")
     return dataclasses.replace(config, dtype=dtype, param_dtype=dtype, attention=attention), tuple(notes)
 
 
