@@ -15,6 +15,7 @@ from shardlm.models.config import (
     TransformerConfig,
 )
 from shardlm.models.transformer import Transformer
+from shardlm.rules import ReplicatedParameterWarning, match_rules
 from shardlm.runtime import fake_devices
 from shardlm.train.fit import NonFiniteLoss
 from shardlm.train.optimizer import adamw
@@ -33,6 +34,7 @@ __all__ = [
     "Llama3Scaling",
     "NonFiniteLoss",
     "Norm",
+    "ReplicatedParameterWarning",
     "Rope",
     "TrainState",
     "Trainer",
@@ -41,6 +43,7 @@ __all__ = [
     "adamw",
     "data",
     "fake_devices",
+    "match_rules",
     "presets",
     "restore",
     "sample",
