@@ -105,12 +105,13 @@ class Anatomy:
         self, params: dict[str, Array], variables: dict[str, Array], key: Array, *, training: bool
     ) -> nnx.Module:
         """The module of these arrays, whose n-th random stream starts from `fold_in(key, n)`."""
-        streams = {}
-        for index, (path, leaf) in enumerate(self.streams.shapes.items()):
+        streams, count = {}, 0
+        for path, leaf in self.streams.shapes.items():
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                start = jax.random.fold_in(key, index)
+                start = jax.random.fold_in(key, count)
                 streams[path] = jax.random.split(start, leaf.shape) if leaf.shape else start
-            else:
+                count += 1
+            else:  # how often it was drawn from
                 streams[path] = jnp.zeros(leaf.shape, leaf.dtype)
         graph = self.training if training else self.evaluating
         states = self.parameters.state(params), self.streams.state(streams), self.variables.state(variables)
