@@ -49,9 +49,8 @@ def suggestions(parameters: Mapping[str, Any], layout: Any, *, catch_all: bool, 
         for path, leaf in parameters.items()
     )
     added = "".join(f"\n      {rule}," for rule in rules)
-    text = (
-        f"no rule matches these {len(parameters)}, and they have no annotation:{named}\n    add rules, such as{added}"
-    )
+    which = f"these {len(parameters)} parameters, which have" if len(parameters) > 1 else "this parameter, which has"
+    text = f"no rule matches {which} no annotation:{named}\n    add rules, such as{added}"
     return text + ('\n    or leave them all to ZeRO on purpose, by the last rule (r".*", P())' if catch_all else "")
 
 

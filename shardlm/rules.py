@@ -36,7 +36,7 @@ class ReplicatedParameterWarning(UserWarning):
     """A large parameter is held whole by devices that could share it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ParameterTable:
     """How each parameter is split, and what decided it; `print` shows it.
 
@@ -59,6 +59,8 @@ class ParameterTable:
 
     def __str__(self) -> str:
         return as_text(self)
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return as_html(self)
@@ -268,9 +270,8 @@ def _rule_problems(
         elif not decided[index]:
             before = [i for i in range(index) if set(decided[i]) & set(matched[index])]
             problems.append(
-                f"{rule.name} decides nothing: of the {len(matched[index])} parameters it matches, "
-                f"{_some(matched[index])}, all are taken by rule{'s' * (len(before) > 1)} "
-                f"{', '.join(map(str, before))}: move it up or delete it"
+                f"{rule.name} decides nothing: all that it matches, {_some(matched[index])}, is taken by "
+                f"rule{'s' * (len(before) > 1)} {', '.join(map(str, before))} before it: move it up or delete it"
             )
     return problems
 

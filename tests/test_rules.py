@@ -127,7 +127,7 @@ def test_the_table_says_what_decided_and_what_a_device_holds():
 
 def test_parameters_without_a_rule_are_listed_with_rules_to_add():
     message = conflicts(RULES[:3])
-    assert "no rule matches these 7, and they have no annotation:" in message
+    assert "no rule matches these 7 parameters, which have no annotation:" in message
     assert "blocks/1/mlp/bias (12,) float32, 48 bytes" in message
     assert "add rules, such as\n      (r\"^blocks/\\d+/attn/query/bias$\", P('tensor'))," in message
     assert 'or leave them all to ZeRO on purpose, by the last rule (r".*", P())' in message
@@ -155,8 +155,8 @@ CLASHES = {
     "shadowed": (
         [(r"mlp", P()), *RULES],
         [
-            "rule 3 ('mlp/kernel$', P('fsdp', 'tensor')) decides nothing: of the 2 parameters it matches, "
-            "blocks/0/mlp/kernel, blocks/1/mlp/kernel, all are taken by rule 0: move it up or delete it",
+            "rule 3 ('mlp/kernel$', P('fsdp', 'tensor')) decides nothing: all that it matches, blocks/0/mlp/kernel, "
+            "blocks/1/mlp/kernel, is taken by rule 0 before it: move it up or delete it",
             "rule 4 ('mlp/bias$', P('tensor')) decides nothing",
         ],
     ),

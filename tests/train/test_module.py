@@ -555,7 +555,7 @@ def test_settings_without_effect_are_an_error_that_says_what_to_do_instead():
         assert problem in str(error.value)
     with pytest.raises(TypeError, match="loss_fn is a int; it is a function of"):
         small(loss=3)
-    with pytest.raises(sl.LayoutError, match="no rule matches these 4"):
+    with pytest.raises(sl.LayoutError, match="no rule matches these 4 parameters"):
         small(make=CNN, rules=[("linear/kernel", P("tensor"))])
     with pytest.raises(sl.LayoutError, match="tensor=2 splits nothing"):
         small(make=CNN)
