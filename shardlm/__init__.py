@@ -16,6 +16,7 @@ from shardlm.models.config import (
     TransformerConfig,
 )
 from shardlm.models.transformer import Transformer
+from shardlm.rules import ReplicatedParameterWarning, match_rules
 from shardlm.runtime import fake_devices
 from shardlm.train.fit import NonFiniteLoss
 from shardlm.train.optimizer import adamw
@@ -36,6 +37,7 @@ __all__ = [
     "NonFiniteLoss",
     "Norm",
     "Report",
+    "ReplicatedParameterWarning",
     "Rope",
     "TrainState",
     "Trainer",
@@ -47,6 +49,7 @@ __all__ = [
     "data",
     "fake_devices",
     "inspect",
+    "match_rules",
     "presets",
     "restore",
     "sample",

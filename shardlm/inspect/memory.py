@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 
 from shardlm.inspect import liveness
 from shardlm.inspect.program import Program, bytes_per_device
@@ -48,15 +48,18 @@ class Memory:
         return self.parameters + self.optimizer
 
 
+_paths = jax.tree_util.tree_leaves_with_path
+
+
 def of(program: Program) -> Memory:
     """Follow a step's memory without compiling it."""
     state = program.state
     parameters, everything = bytes_per_device(state.params), bytes_per_device(state)
     batch, gradients = bytes_per_device(program.batch), _gradients(program)
     memory = Memory(parameters, everything - parameters, batch, gradients, None, None, None)
-    regions = [e.params["jaxpr"] for e in program.jaxpr.jaxpr.eqns if e.primitive.name == "shard_map"]
-    if not regions:
+    if not program.manual:
         return memory
+    regions = [e.params["jaxpr"] for e in program.jaxpr.jaxpr.eqns if e.primitive.name == "shard_map"]
     worst = max((liveness.peak(region) for region in regions), key=lambda peak: peak.bytes)
     return dataclasses.replace(
         memory,
@@ -77,10 +80,10 @@ def with_compiled(memory: Memory, compiled: Any) -> Memory:
 
 
 def _gradients(program: Program) -> int:
-    if program.splits is None:
-        return bytes_per_device(program.state.params)
+    """Gradients are split as the optimizer state is, in the parameters' dtype."""
     sizes, total = program.sizes, 0
-    for split in program.splits.values():
+    leaves = {"/".join(str(key.key) for key in path): leaf for path, leaf in _paths(program.state.params)}
+    for path, split in program.splits.items():
         shards = math.prod(sizes[axis] for axes in (*split.model, split.zero_axes) for axis in axes)
-        total += math.prod(split.shape) // shards * jnp.dtype(program.config.param_dtype).itemsize
+        total += math.prod(split.shape) // shards * leaves[path].dtype.itemsize
     return total

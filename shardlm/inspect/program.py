@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,8 @@ class Program:
         layout: what the step was made from.
         dtype: of the computation.
         config: a `TransformerConfig`; None for a user's module.
-        splits: how each parameter of a `TransformerConfig`'s model is split, by path.
+        splits: how each parameter is split, by path.
+        manual: whether all communication is written in the program, and none left to the compiler.
         batch_size, sequence: of the global batch; sequence is None where the batch is not [batch, sequence].
         notes: what a reader must know, such as what stands in for what.
         compiled: a function that compiles the step; None where its devices do not exist.
@@ -40,7 +41,8 @@ class Program:
     layout: Layout
     dtype: str
     config: Any = None
-    splits: Mapping[str, Split] | None = None
+    splits: Mapping[str, Split] = field(default_factory=dict)
+    manual: bool = False
     batch_size: int = 0
     sequence: int | None = None
     notes: tuple[str, ...] = ()

@@ -203,12 +203,12 @@ def of(
         found = hlo.collectives(executable.as_text(), program.mesh)
         traced = ledger.compiler_adds(traced, found, program.sizes)
         peak_of = memory.with_compiled(peak_of, executable)
-    elif program.splits is None:
+    elif not program.manual:
         notes = (*notes, "the compiler decides what is sent and kept: make the report with compile=True to see it")
     if any(entry.endless for entry in traced) or counted.endless:
         notes = (*notes, "the step has a while loop, whose length no trace knows: what is in it is counted once")
     textbook = None
-    if program.splits is not None and program.sequence is not None:
+    if program.manual and program.sequence is not None:
         textbook = theory.expected(program.config, program.layout, program.splits, program.batch_size, program.sequence)
     times = None
     if known is not None:

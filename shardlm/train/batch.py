@@ -14,14 +14,19 @@ REQUIRED = ("tokens", "targets")
 OPTIONAL = ("weights", "segments", "positions")
 
 
-def check_structure(batch: Mapping[str, Any], max_sequence: int | None = None) -> tuple[int, int]:
+def check_structure(
+    batch: Mapping[str, Any], max_sequence: int | None = None, *, may_be_abstract: bool = False
+) -> tuple[int, int]:
     """Check the batch's keys, shapes and dtypes, which costs nothing, and return (rows, sequence).
+
+    `may_be_abstract` allows `jax.ShapeDtypeStruct`s among the arrays.
 
     Raises:
         TypeError: it is no dict.
         ValueError: one error that lists everything that is wrong.
     """
     problems, legal = [], REQUIRED + OPTIONAL
+    types = (np.ndarray, Array, *([jax.ShapeDtypeStruct] if may_be_abstract else []))
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch: a {type(batch).__name__}; it is a dict of arrays, {', '.join(legal)}")
     for name in batch:
@@ -33,7 +38,7 @@ def check_structure(batch: Mapping[str, Any], max_sequence: int | None = None) -
     shape = getattr(batch.get("tokens"), "shape", None)
     for name in (name for name in legal if name in batch):
         value = batch[name]
-        if not isinstance(value, np.ndarray | Array):
+        if not isinstance(value, types):
             problems.append(f"{name} is a {type(value).__name__}; it is an array of NumPy or JAX")
             continue
         if value.ndim != 2 or not value.size:
@@ -92,7 +97,7 @@ def check_values(
 def is_placed(batch: Mapping[str, Any], sharding: NamedSharding) -> bool:
     """Whether `place` made every array of it, or could have: on the devices, split as a batch is, weights included."""
     return "weights" in batch and all(
-        isinstance(x, Array) and x.sharding == sharding and x.dtype == _dtype(name) for name, x in batch.items()
+        isinstance(x, Array) and x.sharding == sharding and x.dtype == dtype_of(name) for name, x in batch.items()
     )
 
 
@@ -106,7 +111,7 @@ def to_host(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for name, value in host.items():
         if name != "weights" and value.size and (value.min() < -(2**31) or value.max() >= 2**31):
             raise ValueError(f"batch: {name} holds numbers beyond int32")
-    host = {name: value.astype(_dtype(name)) for name, value in host.items()}
+    host = {name: value.astype(dtype_of(name)) for name, value in host.items()}
     return host if "weights" in host else host | {"weights": np.ones(host["tokens"].shape, np.float32)}
 
 
@@ -131,7 +136,16 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> slice:
     return slice(spans[0][0], spans[-1][1])
 
 
-def _dtype(name: str) -> type[np.number]:
+def global_rows(sharding: NamedSharding, shards: int, rows: int) -> int:
+    """Rows of the global batch, `rows` of which this process has; it is split into `shards` parts."""
+    if jax.process_count() == 1:
+        return rows
+    held = local_rows(sharding, shards)
+    return rows * shards // (held.stop - held.start)
+
+
+def dtype_of(name: str) -> type[np.number]:
+    """The dtype in which an array travels to the devices."""
     return np.float32 if name == "weights" else np.int32
 
 

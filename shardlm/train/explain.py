@@ -1,47 +1,49 @@
-"""From a Trainer to the program that `inspect` reports on."""
+"""From a Trainer to the step that `inspect` reports on."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
+from shardlm import inspect
+from shardlm.inspect import program as programs
 from shardlm.inspect import report
-from shardlm.inspect.program import Program
 from shardlm.layout import Layout
+from shardlm.train import state as states
+from shardlm.train.program import Program
+from shardlm.train.step import make_step
+from shardlm.train.transformer import TransformerProgram
 
 if TYPE_CHECKING:
     from shardlm.train.trainer import Trainer
 
 
-def explain(trainer: "Trainer", batch_size: int, sequence: int, hardware: Any, compile: bool) -> report.Report:
+def explain(
+    trainer: "Trainer", batch_size: int | None, sequence: int | None, batch: Any, hardware: Any, compile: bool
+) -> inspect.Report:
     """See `Trainer.explain`."""
-    for name, value in (("batch_size", batch_size), ("sequence", sequence)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r} is not a positive integer")
-    c = trainer.config
-    if c.max_sequence is not None and sequence > c.max_sequence:
-        raise ValueError(f"sequence={sequence}, but the model has {c.max_sequence} learned positions")
-    trainer.layout.check(c, batch_size=batch_size, sequence=sequence)
+    batch = _batch(trainer.program, batch_size, sequence, batch)
+    abstract = trainer.abstract_batch(batch)
+    program, notes = _traceable(trainer.program)
 
-    def variant(layout: Layout, config: Any) -> Program:
-        if layout == trainer.layout and config == trainer.config:
-            return program
-        other = type(trainer)(
-            config, layout, trainer.optimizer, seed=trainer.seed, devices=layout.num_devices, engine=trainer.engine
-        )
-        other.layout.check(config, batch_size=batch_size, sequence=sequence)
-        return _program(other, batch_size, sequence)
+    def compiled() -> Any:
+        return trainer._step.lower(trainer.abstract_state, abstract).compile()
 
-    program = _program(trainer, batch_size, sequence)
-    model = (
-        f"{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads ({c.num_kv_heads} kv) of {c.head_dim}, "
-        f"d_ff {c.d_ff}, vocabulary {c.vocab_size}"
-    )
-    manual = trainer.engine == "manual"
+    def look(program: Program, batch: Any, notes: tuple[str, ...] = ()) -> programs.Program:
+        same = program is trainer.program
+        return _look(program, trainer, batch, notes, compiled if same and trainer.has_devices else None)
+
+    def variant(layout: Layout, config: Any) -> programs.Program:
+        other = TransformerProgram.of(config, layout, layout.num_devices, trainer.engine)
+        return look(other, other.abstract_batch(batch))
+
+    shown = look(program, abstract if program is trainer.program else program.abstract_batch(batch), notes)
+    manual = isinstance(program, TransformerProgram) and program.engine == "manual"
     return report.of(
-        program,
-        model=model,
+        shown,
+        model=trainer.program.title,
         num_parameters=trainer.num_parameters,
         on=hardware,
         compiled=compile,
@@ -49,38 +51,62 @@ def explain(trainer: "Trainer", batch_size: int, sequence: int, hardware: Any, c
     )
 
 
-def _program(trainer: "Trainer", batch_size: int, sequence: int) -> Program:
-    sharding = trainer.batch_sharding
-    batch: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct((batch_size, sequence), dtype, sharding=sharding)
-        for name, dtype in (("tokens", jnp.int32), ("targets", jnp.int32), ("weights", jnp.float32))
-    }
-    shown, notes = trainer, ()
-    attention = trainer.config.attention
-    if attention.implementation == "cudnn" and jax.default_backend() != "gpu":
-        # cuDNN's kernel can be traced only where cuDNN is.
-        stand_in = dataclasses.replace(attention, implementation="chunked")
-        shown = type(trainer)(
-            dataclasses.replace(trainer.config, attention=stand_in), trainer.layout, trainer.optimizer,
-            seed=trainer.seed, devices=trainer.layout.num_devices, engine=trainer.engine,
-        )  # fmt: skip
-        notes = ("cuDNN is not here: its attention is counted as 'chunked', which keeps as little in memory",)
-        batch = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shown.batch_sharding) for name, x in batch.items()
-        }
-    manual = trainer.engine == "manual"
-    real = shown is trainer and trainer.has_devices
-    return Program(
-        step=shown.step_function,
-        state=shown.abstract_state,
+def _batch(program: Program, batch_size: int | None, sequence: int | None, batch: Any) -> Any:
+    """The batch to look at, as abstract arrays where it was given by its sizes."""
+    sizes = {"batch_size": batch_size, "sequence": sequence}
+    if batch is not None:
+        given = [name for name, value in sizes.items() if value is not None]
+        if given:
+            raise ValueError(f"explain: the batch has its own {' and '.join(given)}: leave out {', '.join(given)}=")
+        return jax.tree.map(_abstract, batch)
+    if not isinstance(program, TransformerProgram):
+        raise ValueError(
+            "explain: what a module reads is its own affair: give batch=, a global one, of arrays or of "
+            "jax.ShapeDtypeStructs"
+        )
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"explain: {name}={value!r} is not a positive integer")
+    assert batch_size is not None and sequence is not None
+    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    return {name: jax.ShapeDtypeStruct((batch_size, sequence), dtype) for name, dtype in dtypes.items()}
+
+
+def _abstract(leaf: Any) -> Any:
+    known = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if known else leaf  # what is no array is refused later
+
+
+def _traceable(program: Program) -> tuple[Program, tuple[str, ...]]:
+    """The program, or where it cannot be traced here one that stands in for it."""
+    if not isinstance(program, TransformerProgram):
+        return program, ()
+    config = program.config
+    if config.attention.implementation != "cudnn" or jax.default_backend() == "gpu":
+        return program, ()
+    # cuDNN's kernel can be traced only where cuDNN is.
+    attention = dataclasses.replace(config.attention, implementation="chunked")
+    layout = program.plan.layout
+    other = dataclasses.replace(config, attention=attention)
+    note = "cuDNN is not here: its attention is counted as 'chunked', which keeps as little in memory"
+    return TransformerProgram.of(other, layout, layout.num_devices, program.engine), (note,)
+
+
+def _look(program: Program, trainer: "Trainer", batch: Any, notes: tuple[str, ...], compiled: Any) -> programs.Program:
+    leaf = jax.tree.leaves(batch)[0]
+    tokens = isinstance(batch, Mapping) and isinstance(program, TransformerProgram)
+    return programs.Program(
+        step=make_step(program, trainer.optimizer, trainer.seed),
+        state=states.abstract(program, trainer.optimizer),
         batch=batch,
-        mesh=shown.mesh,
-        layout=trainer.layout,
-        dtype=trainer.config.dtype,
-        config=trainer.config,
-        splits=shown.plan.splits if manual else None,
-        batch_size=batch_size,
-        sequence=sequence,
+        mesh=program.plan.mesh,
+        layout=program.plan.layout,
+        dtype=program.work(batch).dtype,
+        config=program.config if isinstance(program, TransformerProgram) else None,
+        splits=program.plan.splits,
+        manual=program.engine == "manual",
+        batch_size=leaf.shape[0],
+        sequence=leaf.shape[1] if tokens else None,
         notes=notes,
-        compiled=(lambda: trainer._step.lower(trainer.abstract_state, batch).compile()) if real else None,
+        compiled=compiled,
     )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from shardlm.checkpoint import Checkpoints
 from shardlm.train import resume
 from shardlm.train.interrupt import uninterrupted
-from shardlm.train.metrics import model_flops_per_token, peak_flops
+from shardlm.train.metrics import peak_flops
 from shardlm.train.progress import Progress
 from shardlm.train.state import TrainState
 
@@ -198,18 +198,17 @@ class _Loop:
             "float16 without loss scaling"
         )
 
-    def _log(self, step: int, batch: Mapping[str, Any]) -> None:
+    def _log(self, step: int, batch: Any) -> None:
         values = self._collect()
         elapsed = time.perf_counter() - self.since
         if self.timed > 0:
             step_time = elapsed / self.timed
-            positions = math.prod(batch["tokens"].shape) * (1 if jax.process_count() == 1 else self._processes())
-            values |= {"tokens_per_second": positions / step_time, "step_time": step_time}
-            device = self.trainer.first_device
-            peak = peak_flops(device, self.trainer.config.dtype)
-            if peak is not None:
-                flops = model_flops_per_token(self.trainer.config, batch["tokens"].shape[1]) * positions
-                values["utilisation"] = flops / step_time / (peak * self.trainer.mesh.size)
+            work, mesh = self.trainer.program.work(batch), self.trainer.mesh
+            count = work.count * (1 if jax.process_count() == 1 else self._processes())
+            values |= {f"{work.unit}_per_second": count / step_time, "step_time": step_time}
+            peak = peak_flops(self.trainer.first_device, work.dtype)
+            if peak is not None and work.flops is not None:
+                values["utilisation"] = work.flops * count / step_time / (peak * mesh.size)
         self.progress.log(step, values)
         self.since, self.timed = time.perf_counter(), 0
 
@@ -221,7 +220,8 @@ class _Loop:
         assert self.options.held_out is not None
         with self._untimed():
             result = self.trainer.evaluate(self.state, self.options.held_out)
-            self.progress.log(step, {"held_out_loss": result["loss"], "held_out_perplexity": result["perplexity"]})
+            shown = {name: value for name, value in result.items() if name != self.trainer.program.weight_name}
+            self.progress.log(step, {f"held_out_{name}": value for name, value in shown.items()})
 
     def _save(self, step: int) -> None:
         """Save the state after `step`, unless that is done or nowhere to be done; what is not finite is never saved."""

@@ -23,7 +23,8 @@ class Progress:
     On a terminal a live line (bar, step, last metrics, elapsed<remaining time) stays below a plain line for each `log`.
     Elsewhere (pipe, file, CI, notebook) there are only the plain lines, each with the time that remains. Metrics known
     by name have units: `loss`, `held_out_loss`, `grad_norm`, `learning_rate`, `tokens`, `tokens_per_second`,
-    `step_time` (in seconds, shown in ms), `utilisation` (a fraction, shown in percent). Others show as `name value`.
+    `rows_per_second`, `step_time` (in seconds, shown in ms), `utilisation` (a fraction, shown in percent). Others show
+    as `name value`.
 
     Each `log` appends a line `{"step": 120, "time": 1767225600.0, "loss": 2.431}` to `directory/metrics.jsonl`, with
     the time in seconds since 1970. JSON has no NaN and no infinity: they are the strings "NaN", "Infinity" and
@@ -167,7 +168,8 @@ class Progress:
         self.message(line)
 
     def _live_text(self, step: float) -> str:
-        shown = [name for name in ("loss", "tokens_per_second", "step_time", "utilisation") if name in self._latest]
+        names = ("loss", "tokens_per_second", "rows_per_second", "step_time", "utilisation")
+        shown = [name for name in names if name in self._latest]
         parts = {"step": f"{step:>{len(str(self._total))}}/{self._total}"}
         parts |= {name: _text(name, self._latest[name]).replace("tokens", "tok").replace("/step", "") for name in shown}
         parts["clock"] = f"{_clock(time.monotonic() - self._began)}<{self._remaining(step)}"
@@ -237,6 +239,7 @@ _FORMATS: dict[str, Callable[[float], str]] = {  # in the order of the line; unk
     "learning_rate": "lr {:.2e}".format,
     "tokens": lambda value: f"{_short(value)} tokens",
     "tokens_per_second": lambda value: f"{_short(value)} tokens/s",
+    "rows_per_second": lambda value: f"{_short(value)} rows/s",
     "step_time": lambda value: f"{1000 * value:.{1 if value < 0.00995 else 0}f} ms/step",
     "utilisation": lambda value: f"mfu {100 * value:.1f} %",
 }

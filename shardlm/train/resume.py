@@ -5,20 +5,14 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from shardlm.models.config import TransformerConfig
-from shardlm.train.engine import flatten
-
 if TYPE_CHECKING:
     from shardlm.train.trainer import Trainer
-
-# What a resumed run may change of its model: how it is computed, and what holds for training or its beginning alone.
-_MAY_CHANGE = ("dtype", "attention/implementation", "dropout", "init_std")
 
 
 def metadata(trainer: "Trainer", step: int) -> dict[str, Any]:
     """What a checkpoint of `step` carries beside the arrays."""
     return {
-        "config": trainer.config.to_dict(),
+        **trainer.program.identity(),
         "layout": str(trainer.layout),
         "seed": trainer.seed,
         "next_batch": step,
@@ -32,18 +26,7 @@ def changes(trainer: "Trainer", metadata: Mapping[str, Any], where: str) -> list
     Raises:
         ValueError: the checkpoint is of a model that computes something else, listing each difference.
     """
-    if "config" not in metadata:
-        raise ValueError(
-            f"the checkpoint of {where} does not say what its model is, so fit did not save it: use sl.restore"
-        )
-    saved = flatten(TransformerConfig.from_dict(metadata["config"]).to_dict())
-    now = flatten(trainer.config.to_dict())
-    changed = {key: (saved.get(key), now.get(key)) for key in saved | now if saved.get(key) != now.get(key)}
-    legal = {key: changed.pop(key) for key in _MAY_CHANGE if key in changed}
-    changed.pop("vocab_multiple", None)  # padding follows the layout
-    if changed:
-        differences = "; ".join(f"{key}: {before!r} there, {after!r} here" for key, (before, after) in changed.items())
-        raise ValueError(f"the checkpoint of {where} is of another model: {differences}")
+    legal = trainer.program.changes(metadata, where)
     legal |= {"layout": (metadata.get("layout"), str(trainer.layout)), "seed": (metadata.get("seed"), trainer.seed)}
     lines = [f"  {what} was {before}, is now {after}" for what, (before, after) in legal.items() if before != after]
     return [f"resumed from {where}", *lines]

@@ -1,22 +1,21 @@
 """What a training run carries from step to step, and where each array of it lives."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm.dims import Split
-from shardlm.models.transformer import Transformer
-from shardlm.train.engine import Parameters, Plan
+from shardlm.train.engine import Parameters
+from shardlm.train.program import Program
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state", "variables"), meta_fields=())
 @dataclass(frozen=True)
 class TrainState:
     """A training run between two steps: a pytree of global arrays, nothing else.
@@ -25,11 +24,14 @@ class TrainState:
         step: int32 scalar, updates made so far.
         params: a nested dict of arrays, whole or, with ZeRO-3, split over the fsdp axis.
         opt_state: Optax's state; arrays of a parameter's shape are split as its gradient is.
+        variables: what the model carries and does not train, such as running statistics: a nested dict of arrays, empty
+            for a `sl.Transformer`.
     """
 
     step: Any
     params: Parameters
     opt_state: Any
+    variables: Any = field(default_factory=dict)
 
 
 def check_usable(state: TrainState) -> None:
@@ -41,15 +43,15 @@ def check_usable(state: TrainState) -> None:
         )
 
 
-def init(plan: Plan, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init(program: Program, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The initial state; to be compiled with `abstract`'s shardings, so that each device makes its own part only."""
-    _, state = nnx.split(Transformer(plan.config, rngs=nnx.Rngs(seed)))
-    params = nnx.to_pure_dict(state)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    params, variables = program.initialize(seed)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), variables)
 
 
-def abstract(plan: Plan, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract(program: Program, optimizer: optax.GradientTransformation) -> TrainState:
     """The state as `jax.ShapeDtypeStruct`s with shardings; nothing is allocated."""
+    plan = program.plan
 
     def place(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(plan.mesh, spec))
@@ -65,7 +67,7 @@ def abstract(plan: Plan, optimizer: optax.GradientTransformation) -> TrainState:
     opt_state = jax.tree_util.tree_map_with_path(
         lambda keys, x: place(x, _optimizer_spec(keys, x.shape, plan.splits)), shapes.opt_state
     )
-    return TrainState(place(shapes.step, PartitionSpec()), params, opt_state)
+    return TrainState(place(shapes.step, PartitionSpec()), params, opt_state, program.variables)
 
 
 def _optimizer_spec(keys: tuple[Any, ...], shape: tuple[int, ...], splits: dict[str, Split]) -> PartitionSpec:

@@ -1,34 +1,36 @@
 """The Trainer: a model, a layout and an optimizer, compiled once, and the calls a user makes of them."""
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
-import numpy as np
 import optax
+from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shardlm.inspect import Hardware, Report
+from shardlm.inspect.program import bytes_per_device
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
-from shardlm.models.transformer import count_parameters
 from shardlm.train import batch as batches_
-from shardlm.train import engine as engines
 from shardlm.train import state as states
-from shardlm.train.engine import Parameters, Plan
+from shardlm.train.engine import Parameters
 from shardlm.train.explain import explain
 from shardlm.train.fit import FitOptions, fit
+from shardlm.train.module import LossFunction, ModuleProgram
 from shardlm.train.optimizer import adamw
+from shardlm.train.program import Program
 from shardlm.train.state import TrainState
-from shardlm.train.step import Metrics, dropout_key, make_step
+from shardlm.train.step import Metrics, make_gradients, make_step
+from shardlm.train.transformer import TransformerProgram
 
-Batch = Mapping[str, Any]
-"""Arrays [batch, sequence] by name: tokens, targets; optionally weights, segments, positions."""
+Batch = Any
+"""Of a `sl.Transformer`: arrays [batch, sequence] by name: tokens, targets; optionally weights, segments, positions.
+Of another module: any pytree of arrays [batch, ...]."""
 
 
 class Trainer:
@@ -47,6 +49,7 @@ class Trainer:
         config: as given; where `layout.tensor` does not divide the padded vocabulary, padded further.
         layout: with its sizes filled in.
         mesh: the devices; an `AbstractMesh` where they need not exist.
+        program: what the trainer asks of the model.
         plan: how every parameter is split; `plan.table` prints the rules.
         abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings.
 
@@ -69,30 +72,79 @@ class Trainer:
         devices: Sequence[Any] | int | None = None,
         engine: str = "manual",
     ):
-        if engine not in engines.ENGINES:
-            raise ValueError(f"engine={engine!r}; it is one of {', '.join(map(repr, engines.ENGINES))}")
-        if devices is None:
-            devices = jax.devices()[:1] if layout is None else jax.devices()
-        layout = (layout or Layout()).resolve(devices if isinstance(devices, int) else len(devices))
-        layout.check(config)
-        if "float64" in (config.dtype, config.param_dtype) and not jax.config.read("jax_enable_x64"):
-            raise ValueError(
-                f"dtype={config.dtype!r}, param_dtype={config.param_dtype!r}: JAX computes in float64 only after "
-                'jax.config.update("jax_enable_x64", True)'
-            )
-        if config.padded_vocab_size % layout.tensor:
-            config = dataclasses.replace(config, vocab_multiple=math.lcm(config.vocab_multiple, layout.tensor))
-        self.config, self.layout, self.seed, self.engine = config, layout, seed, engine
+        layout, devices = _resolve(layout, devices)
+        self._hold(TransformerProgram.of(config, layout, devices, engine), optimizer, seed)
+
+    @classmethod
+    def from_module(
+        cls,
+        make_module: Callable[[nnx.Rngs], nnx.Module],
+        loss_fn: LossFunction,
+        layout: Layout | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        *,
+        rules: Sequence[tuple[str, PartitionSpec]] | None = None,
+        seed: int = 0,
+        devices: Sequence[Any] | int | None = None,
+    ) -> Self:
+        """A trainer of any Flax NNX module with any loss, partitioned by the compiler.
+
+        A parameter is split as the first rule found in its path says, else as its annotation (`out_sharding`, naming
+        mesh axes) says; ZeRO then takes the largest dim without an axis that divides by `fsdp`. Only `nnx.Param` is
+        trained. Random streams (`nnx.Dropout`) start anew from (seed, step, microbatch) in each step; every other array
+        (`nnx.BatchStat`) is carried in `state.variables`. Steps run under `module.train()`, evaluations under
+        `module.eval()`.
+
+        Args:
+            make_module: from `nnx.Rngs`, the module. It is traced: it computes nothing until `init`.
+            loss_fn: from (module, batch), the pair (sum of losses, sum of weights) of the rows it is given; the weights
+                do not depend on the parameters. The loss is sum / weight over all rows and microbatches.
+            layout: data, fsdp, tensor, zero and accumulate; default one device.
+            optimizer: any Optax transformation. Default: `sl.adamw(3e-4, steps=1000)`.
+            rules: (regular expression, spec) pairs, see `sl.match_rules`. None: annotations and ZeRO alone.
+            seed: of initial parameters and random streams.
+            devices: as for a `Trainer`.
+
+        Raises:
+            LayoutError: layout, rules, annotations and module contradict one another; every conflict is listed.
+            TypeError, ValueError: what was given makes no module, or one that cannot be carried from step to step.
+
+        Example:
+            >>> def loss_fn(module, batch):
+            ...     losses = optax.softmax_cross_entropy_with_integer_labels(module(batch["x"]), batch["y"])
+            ...     return losses.sum(), losses.size
+            >>> rules = [(r"hidden/kernel", P(None, "tensor")), (r".*", P())]
+            >>> trainer = sl.Trainer.from_module(MLP, loss_fn, sl.Layout(fsdp=4, tensor=2), rules=rules)
+        """
+        layout, devices = _resolve(layout, devices)
+        trainer = cls.__new__(cls)
+        trainer._hold(ModuleProgram.of(make_module, loss_fn, layout, devices, rules), optimizer, seed)
+        return trainer
+
+    def on_one_device(self) -> Self:
+        """The same model, optimizer and seed on the first device alone, as plain JAX: what `sl.verify` compares to."""
+        trainer = type(self).__new__(type(self))
+        trainer._hold(self.program.on_one_device(self.first_device), self.optimizer, self.seed)
+        return trainer
+
+    def _hold(self, program: Program, optimizer: optax.GradientTransformation | None, seed: int) -> None:
+        plan: Any = program.plan  # of our own kind, or of a module's
+        self.program, self.plan, self.layout, self.mesh = program, plan, plan.layout, plan.mesh
+        self.engine, self.seed = program.engine, seed
         self.optimizer = adamw(3e-4, steps=1000) if optimizer is None else optimizer
-        self.mesh = layout.abstract_mesh() if isinstance(devices, int) else layout.mesh(devices)
-        self.plan = Plan.of(config, layout, self.mesh)
-        self.abstract_state = states.abstract(self.plan, self.optimizer)
-        self._checked: set[tuple[int, int]] = set()
+        self.abstract_state = states.abstract(program, self.optimizer)
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The configuration of a `sl.Transformer`, padded as the layout needs."""
+        if isinstance(self.program, TransformerProgram):
+            return self.program.config
+        raise AttributeError("config: a trainer made by from_module has none, it is of a sl.Transformer alone")
 
     @cached_property
     def num_parameters(self) -> int:
         """Number of the model's parameters, padding of the vocabulary not counted."""
-        return count_parameters(self.config)
+        return self.program.num_parameters
 
     @property
     def has_devices(self) -> bool:
@@ -102,13 +154,12 @@ class Trainer:
     @property
     def first_device(self) -> Any:
         """The mesh's first device; all are of its kind."""
-        assert isinstance(self.mesh, Mesh) and self.mesh.devices is not None
         return self.mesh.devices.flat[0]
 
-    @cached_property
+    @property
     def batch_sharding(self) -> NamedSharding:
-        """The sharding of a batch array [batch, sequence]."""
-        return NamedSharding(self.mesh, self.plan.batch_spec())
+        """The sharding of a batch array [batch, ...]."""
+        return self.program.batch_sharding
 
     def describe(self, *, parameters: bool = False) -> str:
         """What the layout does to this model, and what its state takes on a device; nothing is allocated for it.
@@ -116,55 +167,41 @@ class Trainer:
         Parameters that ZeRO leaves whole, because none of their dims divides, are named with their size.
 
         Args:
-            parameters: add a line for each: path, shape, dims, the spec in which it is stored, and bytes per device.
+            parameters: add a line for each: path, shape, the spec in which it is stored, bytes per device, and its dims
+                or what decided its spec.
         """
-        config, whole = self.config, []
-        if self.plan.table.zero_axes:
-            whole = [split for split in self.plan.splits.values() if not split.zero_axes]
-        lines = [self.layout.describe(config)]
-        if whole:
-            sizes = [f"{split.path} {split.shape}" for split in whole]
-            lines.append(f"not split by ZeRO, as no dim divides by fsdp={self.layout.fsdp}: {', '.join(sizes)}")
-        held = {name: _bytes_per_device(getattr(self.abstract_state, name)) for name in ("params", "opt_state")}
-        lines.append(
-            f"{self.num_parameters:,} parameters ({config.param_dtype}, computing in {config.dtype}); on each device "
-            f"{_megabytes(held['params'])} of parameters and {_megabytes(held['opt_state'])} of optimizer state"
-        )
-        if parameters:
-            rows = [("parameter", "shape", "dims", "stored as", "bytes per device")]
-            for path, leaf in engines.flatten(self.abstract_state.params).items():
-                dims = ", ".join(str(dim) for dim in self.plan.splits[path].dims)
-                spec = f"P({', '.join(map(repr, leaf.sharding.spec))})"
-                rows.append((path, str(leaf.shape), dims, spec, f"{_bytes_per_device(leaf):,}"))
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            lines += [
-                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-            ]
-        return "\n".join(lines)
+        held = {name: bytes_per_device(getattr(self.abstract_state, name)) for name in ("params", "opt_state")}
+        return self.program.describe(held, parameters=parameters)
 
     def explain(
-        self, batch_size: int, sequence: int, *, hardware: Hardware | str | None = None, compile: bool = False
+        self,
+        batch_size: int | None = None,
+        sequence: int | None = None,
+        *,
+        batch: Batch | None = None,
+        hardware: Hardware | str | None = None,
+        compile: bool = False,
     ) -> Report:
         """What a step costs: what each device keeps, sends and computes. Nothing is run, and nothing allocated.
 
         Args:
             batch_size, sequence: of the global batch.
+            batch: in their stead an example of it, arrays or `jax.ShapeDtypeStruct`s.
             hardware: judge it by this: a name ("h100", "v5p", ...) or an `inspect.Hardware`. Without it there is no
                 time, and no answer to whether it fits.
-            compile: compile the step too, to add what the compiler sends on its own and its own view of the memory.
-                The devices must exist; fake ones are enough.
+            compile: compile the step too, for what the compiler adds and its own view of the memory; of `from_module`
+                there is no other. The devices must exist; fake ones are enough.
 
         Raises:
             LayoutError: the batch does not fit the layout.
             ValueError: unknown hardware.
 
         Example:
-            >>> report = sl.Trainer(sl.presets.llama3_70b(), sl.Layout(fsdp=64, tensor=8), devices=512).explain(
-            ...     batch_size=512, sequence=8192, hardware="h100")
-            >>> report.fits
+            >>> trainer = sl.Trainer(sl.presets.llama3_70b(), sl.Layout(fsdp=64, tensor=8), devices=512)
+            >>> trainer.explain(batch_size=512, sequence=8192, hardware="h100").fits
             False
         """
-        return explain(self, batch_size, sequence, hardware, compile)
+        return explain(self, batch_size, sequence, batch, hardware, compile)
 
     def init(self) -> TrainState:
         """The initial state, each device making the part that it holds and no more.
@@ -182,8 +219,8 @@ class Trainer:
             batch: the global batch, all microbatches together: arrays of the host, or of `place`.
 
         Returns:
-            The new state, and scalars still on their way: `loss`, the mean over weights before the update; `tokens`,
-            the sum of weights; `grad_norm`, before any clipping.
+            The new state, and scalars still on their way: `loss`, the mean over weights before the update; `tokens`
+            (`weight` where made by `from_module`), the sum of weights; `grad_norm`, before any clipping.
 
         Raises:
             ValueError: something is wrong with the batch; or the state was used up by another step.
@@ -201,51 +238,26 @@ class Trainer:
         states.check_usable(state)
         return self._run(self._loss_and_grads, state, self.place(batch))
 
-    def forward(
-        self, state: TrainState, batch: Batch, layers: int | None = None, *, rows: Any = None, columns: Any = None
-    ) -> dict[str, Array]:
-        """What the forward of a training step holds after so many layers, under the step's dropout masks.
-
-        Args:
-            state: its `params` and `step` are used.
-            batch: see `step`.
-            layers: stop after so many, 0 for the embedding alone; None runs them all.
-            rows, columns: int32[batch] and int32[sequence], the places from which dropout masks are drawn; default
-                0, 1, 2, ...
-
-        Returns:
-            Global arrays: `hidden`[batch, sequence, embed], and, as if no layer followed, `logits`[batch, sequence,
-            padded vocabulary] and `nll`[batch, sequence], the negative log-likelihood of each target.
-        """
-        states.check_usable(state)
-        placed: dict[str, Any] = self.place(batch)
-        shape = placed["tokens"].shape
-        places = {"rows": rows, "columns": columns}
-        for (name, given), length in zip(places.items(), shape, strict=True):
-            placed[name] = np.arange(length, dtype=np.int32) if given is None else np.asarray(given, np.int32)
-        count = np.int32(self.config.num_layers if layers is None else layers)
-        return self._run(self._forward, state.params, placed, dropout_key(self.seed, state.step), count)
-
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
         """Mean loss over all tokens of `batches`, without dropout; weights count as in training.
 
         Returns:
-            `loss`, `perplexity` and `tokens`, the sum of weights.
+            `loss`, `perplexity` and `tokens`, the sum of weights; of a trainer made by `from_module`, `loss` and
+            `weight`.
 
         Raises:
             ValueError: there is no batch, or no weight in any of them.
         """
         states.check_usable(state)
-        sums = [self._run(self._evaluate, state.params, self.place(batch, may_be_empty=True)) for batch in batches]
+        sums = [self._evaluated(state, self.place(batch, may_be_empty=True)) for batch in batches]
         total, weight = (
             (math.fsum(float(x) for x in column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
         )
         if weight == 0:
             raise ValueError(f"nothing to evaluate: {len(sums)} batches with a total weight of 0")
-        loss = total / weight
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": weight}
+        return self.program.evaluation(total / weight, weight)
 
-    def place(self, batch: Batch, *, may_be_empty: bool = False) -> dict[str, Array]:
+    def place(self, batch: Batch, *, may_be_empty: bool = False) -> Any:
         """Check a batch and put it on the devices, split as the layout says; what `place` returned is not moved again.
 
         Arrays from the host are checked value by value. Values of placed arrays are not: an id outside the vocabulary
@@ -255,21 +267,19 @@ class Trainer:
             batch: see `step`. In a run of several processes, each gives the rows that `local_rows` names.
             may_be_empty: allow a batch whose weights are all zero.
         """
-        shape = batches_.check_structure(batch, self.config.max_sequence)
-        placed = batches_.is_placed(batch, self.batch_sharding)
-        if shape not in self._checked:
-            rows = shape[0] if placed else self._global_rows(shape[0])
-            self.layout.check(self.config, batch_size=rows, sequence=shape[1])
-            self._checked.add(shape)
-        if placed:
-            return dict(batch)
-        host = batches_.to_host(batch)
-        batches_.check_values(host, self.config.vocab_size, self.config.max_sequence, may_be_empty=may_be_empty)
-        return batches_.place(host, self.batch_sharding)
+        return self.program.place(batch, may_be_empty=may_be_empty)
+
+    def abstract_batch(self, batch: Batch) -> Any:
+        """What `place` would make of a batch: `jax.ShapeDtypeStruct`s with shardings; nothing is moved or allocated.
+
+        Args:
+            batch: arrays, or `jax.ShapeDtypeStruct`s of the global batch; checked for structure as `place` does.
+        """
+        return self.program.abstract_batch(batch)
 
     def local_rows(self, batch_size: int) -> slice:
         """The rows of a global batch that this process reads; all of them where there is one process."""
-        self.layout.check(self.config, batch_size=batch_size)
+        self.program.check_rows(batch_size)
         return batches_.local_rows(self.batch_sharding, batch_size)
 
     def padded_rows(self, path: str, shape: tuple[int, ...]) -> int | None:
@@ -277,10 +287,7 @@ class Trainer:
 
         Checkpoints restore by it between layouts that pad the vocabulary differently.
         """
-        tables = ("embedding/table", "head/table")
-        return (
-            self.config.vocab_size if path.endswith(tables) and shape[:1] == (self.config.padded_vocab_size,) else None
-        )
+        return self.program.padded_rows(path, shape)
 
     def fit(
         self,
@@ -346,50 +353,41 @@ class Trainer:
             jax.block_until_ready(result)
         return result
 
-    def _global_rows(self, rows: int) -> int:
-        if jax.process_count() == 1:
-            return rows
-        shards = self.layout.batch_shards
-        held = batches_.local_rows(self.batch_sharding, shards)
-        return rows * shards // (held.stop - held.start)
+    def _evaluated(self, state: TrainState, batch: Any) -> tuple[Array, Array]:
+        return self._run(self._evaluate, state.params, batch, state.variables)
+
+    @cached_property
+    def step_function(self) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+        """What `step` compiles: (state, placed batch) -> (state, metrics)."""
+        return make_step(self.program, self.optimizer, self.seed)
+
+    @cached_property
+    def gradient_function(self) -> Callable[[TrainState, Any], tuple[Array, Parameters]]:
+        """What `loss_and_grads` compiles: (state, placed batch) -> (mean loss, gradients)."""
+        return make_gradients(self.program, self.seed)
 
     @cached_property
     def _init(self):
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        return jax.jit(lambda: states.init(self.plan, self.optimizer, self.seed), out_shardings=shardings)
+        return jax.jit(lambda: states.init(self.program, self.optimizer, self.seed), out_shardings=self._shardings)
 
     @cached_property
     def _step(self):
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        return jax.jit(self.step_function, donate_argnums=0, out_shardings=(shardings, None))
-
-    @cached_property
-    def step_function(self) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]:
-        """The step before it is compiled: a function (state, batch) -> (state, metrics)."""
-        return make_step(self.plan, self.optimizer, self.seed, self.engine)
+        return jax.jit(self.step_function, donate_argnums=0, out_shardings=(self._shardings, None))
 
     @cached_property
     def _loss_and_grads(self):
-        function = engines.loss_and_grads(self.plan, self.engine)
-
-        def mean(state: TrainState, batch: dict[str, Array]) -> tuple[Array, Parameters]:
-            total, weight, grads = function(state.params, batch, dropout_key(self.seed, state.step))
-            return total / weight, grads
-
-        return jax.jit(mean, out_shardings=(None, self.plan.shardings("sharded")))
-
-    @cached_property
-    def _forward(self):
-        return jax.jit(engines.forward(self.plan, self.engine))
+        return jax.jit(self.gradient_function, out_shardings=(None, self.plan.shardings("sharded")))
 
     @cached_property
     def _evaluate(self):
-        return jax.jit(engines.evaluate(self.plan, self.engine))
+        return jax.jit(self.program.evaluate)
+
+    @property
+    def _shardings(self) -> TrainState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
 
-def _bytes_per_device(tree: Any) -> int:
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+def _resolve(layout: Layout | None, devices: Sequence[Any] | int | None) -> tuple[Layout, Sequence[Any] | int]:
+    if devices is None:
+        devices = jax.devices()[:1] if layout is None else jax.devices()
+    return (layout or Layout()).resolve(devices if isinstance(devices, int) else len(devices)), devices

@@ -1,7 +1,6 @@
 """Does a layout compute what one device computes? Run both, compare everything, and explain the first difference."""
 
-from shardlm.verification.reference import plain_of
 from shardlm.verification.result import Verification, VerificationError
 from shardlm.verification.run import verify
 
-__all__ = ["Verification", "VerificationError", "plain_of", "verify"]
+__all__ = ["Verification", "VerificationError", "verify"]

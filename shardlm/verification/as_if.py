@@ -12,6 +12,7 @@ import numpy as np
 
 from shardlm.layout import Axis, Layout
 from shardlm.models.config import Rope
+from shardlm.train.forward import forward
 from shardlm.train.trainer import Trainer
 from shardlm.verification import inputs, lookup
 from shardlm.verification.diagnosis import Diagnosis
@@ -136,7 +137,7 @@ def _kv_heads(runs: Forwards, found: Found, target: np.ndarray) -> Diagnosis | N
             if "kv_head" in dims:
                 params[path] = np.take(value, used, axis=dims.index("kv_head"))
         state = inputs.put_params(reference, runs.state.step, params)
-        again = np.asarray(reference.forward(state, runs.filled, found.layers)[found.name])
+        again = np.asarray(forward(reference, state, runs.filled, found.layers)[found.name])
         if found.suspect.close(again, target):
             text = (
                 f"query heads 0, 1, ... attend to key/value heads {numbers(used)} instead of {numbers(right)}: "

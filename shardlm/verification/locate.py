@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from shardlm.train.engine import flatten
+from shardlm.train.forward import forward as run_forward
 from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
 from shardlm.verification import inputs
@@ -49,14 +50,14 @@ class Forwards:
 
     def found(self, params: dict[str, Any], layers: int) -> dict[str, Copies]:
         """What the layout's devices hold; `params` by path, minus infinity (padding of the vocabulary) as 0."""
-        arrays = self.trainer.forward(inputs.put_params(self.trainer, self.state.step, params), self.batch, layers)
+        arrays = run_forward(self.trainer, inputs.put_params(self.trainer, self.state.step, params), self.batch, layers)
         return {name: _finite(Copies.of(x, self.trainer.mesh)) for name, x in arrays.items()}
 
     def expected(self, params: dict[str, Any], layers: int, **changes: Any) -> dict[str, np.ndarray]:
         """What the reference has, perhaps with another `segments`, `positions`, `tokens`, `rows` or `columns`."""
         places = {name: changes.pop(name, None) for name in ("rows", "columns")}
         state = inputs.put_params(self.reference, self.state.step, params)
-        arrays = self.reference.forward(state, self.filled | changes, layers, **places)
+        arrays = run_forward(self.reference, state, self.filled | changes, layers, **places)
         return {name: _zero_infinities(np.asarray(x)) for name, x in arrays.items()}
 
     def tolerance(self, layers: int) -> float:

@@ -15,7 +15,6 @@ from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
 from shardlm.verification import explain, inputs
 from shardlm.verification.compare import Difference, compare, leaves
-from shardlm.verification.reference import plain_of
 from shardlm.verification.result import Verification, VerificationError
 from shardlm.verification.tolerance import Arithmetic
 
@@ -168,7 +167,7 @@ class _Sides:
     """The layout, the reference, and the reference from parameters moved by rounding."""
 
     def __init__(self, trainer: Trainer, batch: Any, seed: int, tolerance: float | None):
-        self.trainer, self.reference, self.batch, self._tolerance = trainer, plain_of(trainer), batch, tolerance
+        self.trainer, self.reference, self.batch, self._tolerance = trainer, trainer.on_one_device(), batch, tolerance
         params = inputs.perturbed(trainer, self.reference.init().params, seed)
         config = getattr(trainer, "config", None)
         config = config if isinstance(config, TransformerConfig) else None

@@ -153,7 +153,7 @@ def test_bad_questions_are_errors():
     with pytest.raises(ValueError, match="the 4 devices of this Trainer do not exist"):
         trainer.init()
     learned = dataclasses.replace(CONFIG, positions=sl.LearnedPositions(length=16))
-    with pytest.raises(ValueError, match="sequence=32, but the model has 16 learned positions"):
+    with pytest.raises(ValueError, match="a sequence of 32 tokens; the model has 16 learned positions"):
         sl.Trainer(learned, sl.Layout(), devices=1).explain(2, 32)
 
 

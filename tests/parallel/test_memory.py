@@ -94,7 +94,7 @@ def test_init_never_holds_a_full_copy():
     config = sl.TransformerConfig(vocab_size=512, num_layers=8, d_model=256, num_heads=8, d_ff=2048)
     trainer = sl.Trainer(config, sl.Layout(fsdp=N), optax.sgd(1.0))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract_state)
-    init = jax.jit(lambda: states.init(trainer.plan, trainer.optimizer, 0), out_shardings=shardings)
+    init = jax.jit(lambda: states.init(trainer.program, trainer.optimizer, 0), out_shardings=shardings)
     memory = init.lower().compile().memory_analysis()
     full = 4 * trainer.num_parameters
     assert full > 50 * 2**20

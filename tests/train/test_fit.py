@@ -24,6 +24,7 @@ from shardlm.data.packing import Packed
 from shardlm.train import fit as module
 from shardlm.train import interrupt
 from shardlm.train.interrupt import uninterrupted
+from shardlm.train.metrics import model_flops_per_token
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -199,7 +200,7 @@ def test_utilisation_is_logged_where_the_peak_is_known(trainer, tmp_path, monkey
     monkeypatch.setattr(module, "peak_flops", lambda device, dtype: 1e12)
     fit(trainer, steps=2, log_dir=tmp_path, log_every=2)
     [line] = records(tmp_path)
-    flops = module.model_flops_per_token(trainer.config, SEQUENCE) * ROWS * SEQUENCE
+    flops = model_flops_per_token(trainer.config, SEQUENCE) * ROWS * SEQUENCE
     assert line["utilisation"] == pytest.approx(flops / line["step_time"] / (4 * 1e12))  # of four devices
 
 

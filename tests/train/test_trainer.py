@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import shardlm as sl
 from shardlm.train.engine import flatten
+from shardlm.train.forward import forward
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -347,7 +348,7 @@ def test_programs_do_not_overlap_on_fake_devices():
 def test_forward_shows_what_the_loss_is_made_of(cube, state, engine):
     trainer = cube if engine == "manual" else make_trainer(CUBE, engine="auto")
     batch = make_batch()
-    after = [trainer.forward(state, batch, layers) for layers in (None, 1, 0)]
+    after = [forward(trainer, state, batch, layers) for layers in (None, 1, 0)]
     weights, nll = batch["weights"].astype(np.float32), np.asarray(after[0]["nll"])
     loss = cube.evaluate(state, [batch])["loss"]
     assert (weights * nll).sum() / weights.sum(dtype=np.float64) == pytest.approx(loss, rel=1e-12)

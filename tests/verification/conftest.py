@@ -6,15 +6,13 @@ import jax
 import pytest
 
 import shardlm as sl
-from shardlm.verification import run
-from shardlm.verification.reference import plain_of
 from tests.verification.models import CONFIGS, OPTIMIZER
 
 
 @functools.cache
 def _reference(config: sl.TransformerConfig, seed: int) -> sl.Trainer:
     layout = sl.Layout()
-    return plain_of(sl.Trainer(config, layout, OPTIMIZER, seed=seed, devices=jax.devices()[:1]))
+    return sl.Trainer(config, layout, OPTIMIZER, seed=seed, devices=jax.devices()[:1], engine="auto")
 
 
 @pytest.fixture
@@ -23,7 +21,7 @@ def verify(monkeypatch: pytest.MonkeyPatch):
 
     No fault reaches a reference: what is planted acts only where an axis is split.
     """
-    monkeypatch.setattr(run, "plain_of", lambda trainer: _reference(trainer.config, trainer.seed))
+    monkeypatch.setattr(sl.Trainer, "on_one_device", lambda trainer: _reference(trainer.config, trainer.seed))
 
     def call(name: str, layout: str, dtype: str = "float64", steps: int = 2, **options) -> sl.Verification:
         return sl.verify(

@@ -1,0 +1,220 @@
+"""A Flax NNX module taken apart into arrays by path, and put together again under `jax.jit`.
+
+What a module holds must be seen to go somewhere: what is neither trained, nor carried, nor drawn anew is an error.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from shardlm.rules import annotation_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """The arrays of one kind: parameters, random streams or variables.
+
+    Attributes:
+        treedef: of their `nnx.State`.
+        shapes: by path, in the tree's order of leaves, as `jax.ShapeDtypeStruct`s.
+        annotations: by path, the specs that they carry.
+    """
+
+    treedef: Any
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    annotations: dict[str, PartitionSpec]
+
+    @classmethod
+    def of(cls, state: nnx.State) -> "Part":
+        """The part that an abstract state is."""
+        leaves, treedef = jax.tree.flatten(state)
+        order: dict[int, tuple[str, Any]] = {}
+        for path, variable, index in _leaves(jax.tree.unflatten(treedef, list(range(len(leaves))))):
+            order[index] = path, variable
+        assert sorted(order) == list(range(len(leaves)))
+        shapes = {order[i][0]: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)}
+        specs = {path: annotation_of(variable) for path, variable in order.values()}
+        return cls(treedef, shapes, {path: spec for path, spec in specs.items() if spec is not None})
+
+    def state(self, arrays: dict[str, Array]) -> nnx.State:
+        """The state that holds these arrays."""
+        return jax.tree.unflatten(self.treedef, [arrays[path] for path in self.shapes])
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a module is made of.
+
+    Attributes:
+        make_module: as given.
+        name: of its class.
+        training, evaluating: its graph under `module.train()` and under `module.eval()`.
+        parameters, streams, variables: its arrays.
+    """
+
+    make_module: Callable[[nnx.Rngs], nnx.Module]
+    name: str
+    training: Any
+    evaluating: Any
+    parameters: Part
+    streams: Part
+    variables: Part
+
+    @classmethod
+    def of(cls, make_module: Callable[[nnx.Rngs], nnx.Module]) -> "Anatomy":
+        """Take apart what `make_module` makes; nothing is allocated.
+
+        Raises:
+            TypeError: it makes no module, or cannot be called.
+            ValueError: something in it can be neither trained nor carried.
+        """
+        if not callable(make_module):
+            raise TypeError(
+                f"make_module is a {type(make_module).__name__}; it is a function from nnx.Rngs to an nnx.Module, as "
+                "lambda rngs: MLP(64, rngs=rngs)"
+            )
+        found: dict[str, Any] = {}
+
+        def build() -> tuple[nnx.State, nnx.State, nnx.State]:
+            module = _make(make_module, 0)
+            found["name"] = type(module).__name__
+            module.eval()
+            found["evaluating"] = nnx.graphdef(module)
+            module.train()
+            found["training"], params, streams, variables = nnx.split(module, nnx.Param, nnx.RngState, ...)
+            return params, streams, variables
+
+        parts = [Part.of(state) for state in jax.eval_shape(build)]
+        _check_arrays(found["name"], *parts)
+        return cls(make_module, found["name"], found["training"], found["evaluating"], *parts)
+
+    def initialize(self, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Initial parameters and variables, by path."""
+        module = _make(self.make_module, seed)
+        module.train()
+        _, params, _, variables = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        return by_path(params), by_path(variables)
+
+    def assemble(
+        self, params: dict[str, Array], variables: dict[str, Array], key: Array, *, training: bool
+    ) -> nnx.Module:
+        """The module of these arrays, whose n-th random stream starts from `fold_in(key, n)`."""
+        streams, count = {}, 0
+        for path, leaf in self.streams.shapes.items():
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                start = jax.random.fold_in(key, count)
+                streams[path] = jax.random.split(start, leaf.shape) if leaf.shape else start
+                count += 1
+            else:  # how often it was drawn from
+                streams[path] = jnp.zeros(leaf.shape, leaf.dtype)
+        graph = self.training if training else self.evaluating
+        states = self.parameters.state(params), self.streams.state(streams), self.variables.state(variables)
+        return nnx.merge(graph, *states)
+
+    def carried(self, module: nnx.Module, params: dict[str, Array]) -> dict[str, Array]:
+        """The variables of a module that has been called.
+
+        Raises:
+            ValueError: the call made or removed arrays, changed their shape or dtype, assigned to a parameter, or
+                changed an attribute that is no array.
+        """
+        graph, after, _, variables = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        found, problems = by_path(variables, strip=False), []
+        for path in found.keys() - self.variables.shapes.keys():
+            problems.append(f"{path} is new: take it out with nnx.pop in loss_fn, or make it in make_module")
+        for path, leaf in self.variables.shapes.items():
+            new = found.get(path)
+            if new is None:
+                problems.append(f"{path} is gone")
+            elif (jnp.shape(new), jnp.result_type(new)) != (leaf.shape, leaf.dtype):
+                problems.append(
+                    f"{path} was {leaf.dtype}{list(leaf.shape)}, is {jnp.result_type(new)}{list(jnp.shape(new))}"
+                )
+        assigned = by_path(after, strip=False)
+        problems += [
+            f"{path} is a parameter and was assigned to: only the optimizer changes it; make it an nnx.Variable"
+            for path in self.parameters.shapes
+            if assigned.get(path) is not params[path]
+        ]
+        problems += [f"{path} is a new parameter" for path in assigned.keys() - self.parameters.shapes.keys()]
+        if not problems and graph != self.training:
+            problems.append("an attribute that is no array changed: keep what changes in an nnx.Variable")
+        if problems:
+            raise ValueError(
+                f"a step of {self.name} does what cannot be carried to the next:"
+                + "".join(f"\n  - {problem}" for problem in sorted(problems))
+            )
+        return {path: jnp.asarray(found[path], leaf.dtype) for path, leaf in self.variables.shapes.items()}
+
+
+def by_path(state: nnx.State, *, strip: bool = True) -> dict[str, Any]:
+    """The arrays of a state by path, their dtypes made definite where `strip`."""
+    arrays = {path: leaf for path, _, leaf in _leaves(state)}
+    return {path: jnp.asarray(x, jnp.result_type(x)) for path, x in arrays.items()} if strip else arrays
+
+
+def _leaves(state: nnx.State) -> list[tuple[str, Any, Any]]:
+    """(path, variable or array, leaf) of every leaf."""
+    found = []
+    for keys, variable in nnx.to_flat_state(state):
+        value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+        for inner, leaf in jax.tree_util.tree_leaves_with_path(value):
+            names = [*map(str, keys), *filter(None, [jax.tree_util.keystr(inner, simple=True, separator="/")])]
+            found.append(("/".join(names), variable, leaf))
+    return found
+
+
+def _make(make_module: Callable[[nnx.Rngs], nnx.Module], seed: int) -> nnx.Module:
+    """Call `make_module` without moving what it annotates, and see every array that it holds."""
+    with nnx.use_eager_sharding(False):
+        module = make_module(nnx.Rngs(seed))
+    if not isinstance(module, nnx.Module):
+        raise TypeError(f"make_module returned a {type(module).__name__}; it returns an nnx.Module")
+    hidden = []
+    for keys, node in list(nnx.iter_graph(module)):
+        if not isinstance(node, nnx.Pytree):
+            continue
+        for name, value in list(vars(node).items()):
+            # Traced, a bare array is taken for a constant of the graph: say that it is data.
+            if isinstance(value, jax.Array):
+                setattr(node, name, nnx.data(value))
+            elif type(value) in (list, tuple, dict, set) and any(
+                isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value, is_leaf=_is_variable)
+            ):
+                hidden.append(f"{'/'.join(map(str, (*keys, name)))} ({type(value).__name__})")
+    if hidden:
+        raise ValueError(
+            f"{type(module).__name__} holds arrays in plain containers, where Flax does not find them: "
+            f"{', '.join(hidden)}: wrap these in nnx.data or nnx.List, or the arrays in nnx.Variable"
+        )
+    return module
+
+
+def _is_variable(value: Any) -> bool:
+    return isinstance(value, nnx.Variable)
+
+
+def _check_arrays(name: str, parameters: Part, streams: Part, variables: Part) -> None:
+    problems = [
+        f"{path} is an nnx.Param of dtype {leaf.dtype}, which has no gradient: make it an nnx.Variable"
+        for path, leaf in parameters.shapes.items()
+        if not jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    problems += [
+        f"{path} is a random key outside of nnx.Rngs, which cannot be saved: keep an nnx.Rngs or one of its streams"
+        for path, leaf in variables.shapes.items()
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    ]
+    problems += [
+        f"{path} has no elements: shape {leaf.shape}"
+        for path, leaf in (parameters.shapes | variables.shapes).items()
+        if not leaf.size
+    ]
+    if problems:
+        raise ValueError(f"{name} cannot be trained:" + "".join(f"\n  - {problem}" for problem in problems))
