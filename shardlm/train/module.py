@@ -214,7 +214,7 @@ class ModuleProgram:
 
     def work(self, batch: Any) -> Work:
         """Rows; what they cost is not known."""
-        return Work("rows", rows.count(batch), None, "")
+        return Work("rows", rows.count(batch, may_be_abstract=True), None, "")
 
     def identity(self) -> dict[str, Any]:
         """The module's class; its arrays are compared when they are restored."""
