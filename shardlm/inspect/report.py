@@ -234,16 +234,17 @@ def of(
         remat=others,
         advice=hints,
         notes=notes,
-        parameters=_parameters(program.state.params),
+        parameters=parameters_of(program.state.params),
     )
 
 
-def _parameters(params: Any, prefix: str = "") -> dict[str, Any]:
+def parameters_of(params: Any, prefix: str = "") -> dict[str, Any]:
+    """Of a nested dict of arrays with shardings, by path: shape, dtype, and the axes that split each dim."""
     found = {}
     for key, leaf in params.items():
         path = f"{prefix}{key}"
         if isinstance(leaf, Mapping):
-            found |= _parameters(leaf, f"{path}/")
+            found |= parameters_of(leaf, f"{path}/")
         else:
             spec = tuple(leaf.sharding.spec) + (None,) * (leaf.ndim - len(leaf.sharding.spec))
             axes = tuple(() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec)
