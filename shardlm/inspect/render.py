@@ -14,6 +14,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+_NEXT = 0.9995  # of a unit: from here on three digits round up to 1 of it
 _LINES = 14  # of the ledger, largest first; `to_dict` has all
 
 
@@ -165,8 +166,9 @@ def seconds(value: float | None) -> str:
     """A time: "1.54 s", "230 ms"."""
     if value is None:
         return "-"
-    scale, unit = next(((s, u) for s, u in ((1, "s"), (1e3, "ms"), (1e6, "us")) if value * s >= 1), (1e9, "ns"))
-    return f"{value * scale:.3g} {unit}"
+    units = ((1, "s"), (1e3, "ms"), (1e6, "us"))
+    scale, unit = next(((s, u) for s, u in units if value * s >= _NEXT), (1e9, "ns"))
+    return f"{_three_digits(value * scale)} {unit}"
 
 
 def _sent(report: Any, axis: str | None = None) -> float:
@@ -344,7 +346,12 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _scaled(value: float, unit: str) -> str:
-    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if value >= 10**power:
-            return f"{value / 10**power:.3g} {prefix}{unit}"
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= _NEXT * 10**power:
+            return f"{_three_digits(value / 10**power)} {prefix}{unit}"
     return f"{value:.4g} {unit}"
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits, all of those before the point, and never an exponent for a large number."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"

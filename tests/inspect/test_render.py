@@ -1,0 +1,41 @@
+"""Numbers are written with three digits and the right unit, at the edges between units too."""
+
+import pytest
+
+from shardlm.inspect import render
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (998, "998 B"),
+        (1000, "1 kB"),
+        (1536, "1.54 kB"),
+        (999_400, "999 kB"),
+        (999_600, "1 MB"),  # would round to 1000 kB
+        (999_999_999, "1 GB"),
+        (80e9, "80 GB"),
+        (1.5e18, "1.5 EB"),
+        (4.2e21, "4,200 EB"),
+        (None, "-"),
+    ],
+)
+def test_size(count, text):
+    assert render.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2.5e-9, "2.5 ns"),
+        (9.996e-7, "1 us"),  # would round to 1000 ns
+        (0.0123, "12.3 ms"),
+        (0.9996, "1 s"),
+        (59.94, "59.9 s"),
+        (12345.6, "12,346 s"),
+        (None, "-"),
+    ],
+)
+def test_seconds(value, text):
+    assert render.seconds(value) == text
