@@ -39,9 +39,11 @@ def draw_mesh(layout: Layout | Mapping[str, int]) -> "Figure":
         layout: its sizes all known; or devices by axis, in mesh order, for axes that no layout has yet.
 
     Raises:
-        ValueError: a size that is not positive, or an axis that is none of the mesh's.
+        ValueError: a size that is not filled in or not positive, or an axis that no mesh has.
         ImportError: matplotlib is not installed.
     """
+    if isinstance(layout, Layout):
+        assert layout.num_devices  # an error while a size is -1
     sizes = {str(axis): size for axis, size in (layout.sizes if isinstance(layout, Layout) else layout).items()}
     known = [str(axis) for axis in Axis]
     wrong = [f"{axis}={n}" for axis, n in sizes.items() if axis not in known or n < 1]
