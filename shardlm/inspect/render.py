@@ -183,7 +183,8 @@ def _text(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _flop(value: float) -> str:
+def flop(value: float) -> str:
+    """FLOPs: "1.08 PFLOP"."""
     return _scaled(value, "FLOP")
 
 
@@ -201,8 +202,8 @@ QUANTITIES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], str]]] = {
         f"  over {axis}": (partial(_sent, axis=axis), size)
         for axis in ("pipe", "data", "fsdp", "expert", "context", "tensor")
     },
-    "model FLOPs": (lambda report: report.flops.model, _flop),
-    "recomputed": (lambda report: report.flops.recomputed, _flop),
+    "model FLOPs": (lambda report: report.flops.model, flop),
+    "recomputed": (lambda report: report.flops.recomputed, flop),
     "arithmetic": (_time("arithmetic"), seconds),
     "step, all overlapping": (_time("overlapped"), seconds),
     "step, nothing overlapping": (_time("serial"), seconds),
@@ -246,7 +247,7 @@ def _memory(report: Any) -> Section:
 def _remat(report: Any) -> Section:
     chosen = dict(part.partition("=")[::2] for part in report.layout.split(",")).get("remat", "none")
     rows = tuple(
-        (f"{name}{' (this one)' if name == chosen else ''}", size(peak), _flop(again))
+        (f"{name}{' (this one)' if name == chosen else ''}", size(peak), flop(again))
         for name, (peak, again) in report.remat.items()
     )
     return Section("what remat would change", ("remat", ">peak", ">recomputed"), rows)
@@ -297,12 +298,12 @@ def _ledger(report: Any) -> Section:
 
 def _flops(report: Any) -> Section:
     flops = report.flops
-    rows = [("forward", _flop(flops.forward)), ("backward", _flop(flops.backward))]
+    rows = [("forward", flop(flops.forward)), ("backward", flop(flops.backward))]
     if flops.recomputed:
-        rows.append(("recomputed in backward", _flop(flops.recomputed)))
+        rows.append(("recomputed in backward", flop(flops.recomputed)))
     if flops.update:
-        rows.append(("update", _flop(flops.update)))
-    rows.append(("all", _flop(flops.total)))
+        rows.append(("update", flop(flops.update)))
+    rows.append(("all", flop(flops.total)))
     return Section("arithmetic of one device in one step", ("", ">matrix products"), tuple(rows))
 
 

@@ -1,7 +1,10 @@
 """Numbers are written with three digits and the right unit, at the edges between units too."""
 
+import re
+
 import pytest
 
+import shardlm as sl
 from shardlm.inspect import render
 
 
@@ -39,3 +42,11 @@ def test_size(count, text):
 )
 def test_seconds(value, text):
     assert render.seconds(value) == text
+
+
+def test_advice_on_terabytes_and_petaflops_is_written_like_everything_else():
+    layout = sl.Layout(fsdp=64, tensor=8)
+    report = sl.Trainer(sl.presets.llama3_70b(), layout, devices=512).explain(512, 8192, hardware="h100")
+    assert report.peak > 1e12
+    [line] = report.advice
+    assert re.search(r" would bring it to [\d.]+ GB, for 1\.\d\d PFLOP recomputed on each device: ", line)
