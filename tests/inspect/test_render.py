@@ -44,6 +44,16 @@ def test_seconds(value, text):
     assert render.seconds(value) == text
 
 
+def test_a_report_is_one_line_in_a_terminal_and_tables_in_print():
+    report = sl.Trainer(sl.presets.tiny(), sl.Layout(), devices=1).explain(2, 16)
+    peak = render.size(report.peak)
+    assert repr(report) == f"<Report on data=1: 1 devices, peak {peak} on each; print it for its tables>"
+    assert "memory on one device" in str(report)
+    both = sl.inspect.compare({"a": report, "b": report})
+    assert repr(both) == "<Comparison of a, b; print it for its table>"
+    assert "side by side" in str(both)
+
+
 def test_advice_on_terabytes_and_petaflops_is_written_like_everything_else():
     layout = sl.Layout(fsdp=64, tensor=8)
     report = sl.Trainer(sl.presets.llama3_70b(), layout, devices=512).explain(512, 8192, hardware="h100")
