@@ -86,7 +86,12 @@ def columns(rows: Sequence[Sequence[str]]) -> list[float]:
     return edges
 
 
-def _png(figure: "Figure") -> bytes:
-    file = BytesIO()
-    figure.savefig(file, format="png", dpi=100, bbox_inches="tight", pad_inches=0.05)
-    return file.getvalue()
+def _png(figure: "Figure") -> tuple[bytes, dict[str, int]]:
+    """The picture with twice the pixels that it takes on the page, and its size there."""
+    from PIL import Image  # matplotlib brings it
+
+    drawn, file = BytesIO(), BytesIO()
+    figure.savefig(drawn, format="png", dpi=2 * figure.dpi)
+    picture = Image.open(drawn).convert("RGB")
+    picture.quantize(256).save(file, "png", optimize=True)  # half the bytes, in every notebook
+    return file.getvalue(), {"width": picture.width // 2, "height": picture.height // 2}

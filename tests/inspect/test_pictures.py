@@ -486,8 +486,10 @@ def test_every_axis_and_kind_has_a_style_of_its_own():
 
 def test_a_notebook_shows_a_picture_without_pyplot():
     figure = sl.inspect.draw_mesh(sl.Layout(fsdp=8))
-    shown, _ = DisplayFormatter().format(figure)
+    shown, about = DisplayFormatter().format(figure)
     assert shown["image/png"].startswith(b"\x89PNG")
+    pixels = [round(100 * inches) for inches in figure.get_size_inches()]
+    assert [about["image/png"][side] for side in ("width", "height")] == pytest.approx(pixels, abs=1)
 
 
 def test_overlapping_text_is_found():
