@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from shardlm.inspect import flops, memory, render
 from shardlm.inspect.hardware import Hardware
 from shardlm.inspect.memory import Memory
@@ -63,18 +65,20 @@ def fitting(program: Program, variant: Variant, needs: Memory, hardware: Hardwar
                 "" if attention == program.config.attention.implementation else f" --attention {attention}"
             )
             lines.append(
-                f"{' and '.join(changes)} would bring it to {render.size(found)}{extra}: --layout {layout}{other_attention}"
+                f"{' and '.join(changes)} would bring it to {render.size(found)}{extra}: "
+                f"--layout {layout}{other_attention}"
             )
             return tuple(lines)
     if changes:
         lines.append(f"{' and '.join(changes)} together are not enough")
-    state = needs.state * program.num_devices
+    held = f"parameters and optimizer state take {render.size(needs.state)} on each"
+    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(program.state))
     lines.append(
-        f"parameters and optimizer state take {render.size(needs.state)} on each of {program.num_devices} devices. Split over "
-        f"all, by fsdp and tensor, they would take {render.size(state / program.num_devices)}; "
-        f"use more devices along fsdp, with as few rows of the batch on each"
+        f"{held} of {program.num_devices} devices. Split over all, by fsdp and tensor, they would take "
+        f"{render.size(whole / program.num_devices)}; use more devices along fsdp, with as few rows of the batch on "
+        "each"
         if program.layout.zero == 3
-        else f"parameters and optimizer state take {render.size(needs.state)} on each device: zero=3 splits them over fsdp"
+        else f"{held} device: zero=3 splits them over fsdp"
     )
     return tuple(lines)
 
