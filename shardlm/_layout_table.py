@@ -36,18 +36,22 @@ def as_html(layout: Any) -> str:
     return f"<table>{table}</table>{'<br>'.join(html.escape(note) for note in _notes(layout, None))}"
 
 
-def _rows(layout: Any) -> list[tuple[str, str, str]]:
-    uses = (  # in mesh order
+def uses(zero: int | None) -> tuple[str, ...]:
+    """What each axis does, in mesh order; without a ZeRO level, which of the state `fsdp` splits stays open."""
+    return (
         "layers split into stages",
         "batch split, gradients summed",
-        f"batch split; ZeRO-{layout.zero}: {ZERO[layout.zero]} split",
+        "batch and state split" if zero is None else f"batch split; ZeRO-{zero}: {ZERO[zero]} split",
         "batch and experts split",
         "sequence split",
         "heads, MLP width and vocabulary split",
     )
+
+
+def _rows(layout: Any) -> list[tuple[str, str, str]]:
     return [
         (str(axis), str(size), use if size != 1 else "-")
-        for (axis, size), use in zip(layout.sizes.items(), uses, strict=True)
+        for (axis, size), use in zip(layout.sizes.items(), uses(layout.zero), strict=True)
     ]
 
 

@@ -1,10 +1,12 @@
 """What a step costs, known before it runs: communication, memory, FLOPs and time, and assertions about them."""
 
+from shardlm.inspect.bars import draw_communication, draw_memory
 from shardlm.inspect.budget import assert_at_most, assert_fits, assert_no
 from shardlm.inspect.flops import Flops
 from shardlm.inspect.hardware import CATALOGUE, Hardware
 from shardlm.inspect.ledger import Entry, Ledger, ledger
 from shardlm.inspect.memory import Memory
+from shardlm.inspect.pictures import draw_mesh, draw_parameter
 from shardlm.inspect.report import Comparison, Report, compare
 from shardlm.inspect.theory import Expected
 from shardlm.inspect.timeline import Timeline
@@ -24,5 +26,9 @@ __all__ = [
     "assert_fits",
     "assert_no",
     "compare",
+    "draw_communication",
+    "draw_memory",
+    "draw_mesh",
+    "draw_parameter",
     "ledger",
 ]

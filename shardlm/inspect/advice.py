@@ -5,7 +5,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from shardlm.inspect import flops, memory
+import jax
+
+from shardlm.inspect import flops, memory, render
 from shardlm.inspect.hardware import Hardware
 from shardlm.inspect.memory import Memory
 from shardlm.inspect.program import Program
@@ -42,7 +44,9 @@ def fitting(program: Program, variant: Variant, needs: Memory, hardware: Hardwar
         return ()
     lines = []
     if peak <= room:
-        lines.append(f"tight: the prediction is good to about {MARGIN:.0%}, and only {_gb(room - peak)} are left")
+        lines.append(
+            f"tight: the prediction is good to about {MARGIN:.0%}, and only {render.size(room - peak)} are left"
+        )
     layout, config, changes = program.layout, program.config, []
     for text, layout, config in _changes(program):
         changes.append(text)
@@ -55,24 +59,26 @@ def fitting(program: Program, variant: Variant, needs: Memory, hardware: Hardwar
         assert found is not None
         if found <= room * (1 - MARGIN):
             again = flops.of(other.jaxpr, other.num_devices).recomputed
-            extra = f", for {again / 1e12:.3g} TFLOP recomputed on each device" if again else ""
+            extra = f", for {render.flop(again)} recomputed on each device" if again else ""
             attention = config.attention.implementation
             other_attention = (
                 "" if attention == program.config.attention.implementation else f" --attention {attention}"
             )
             lines.append(
-                f"{' and '.join(changes)} would bring it to {_gb(found)}{extra}: --layout {layout}{other_attention}"
+                f"{' and '.join(changes)} would bring it to {render.size(found)}{extra}: "
+                f"--layout {layout}{other_attention}"
             )
             return tuple(lines)
     if changes:
         lines.append(f"{' and '.join(changes)} together are not enough")
-    state = needs.state * program.num_devices
+    held = f"parameters and optimizer state take {render.size(needs.state)} on each"
+    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(program.state))
     lines.append(
-        f"parameters and optimizer state take {_gb(needs.state)} on each of {program.num_devices} devices. Split over "
-        f"all, by fsdp and tensor, they would take {_gb(state / program.num_devices)}; "
-        f"use more devices along fsdp, with as few rows of the batch on each"
+        f"{held} of {program.num_devices} devices. Split over all, by fsdp and tensor, they would take "
+        f"{render.size(whole / program.num_devices)}; use more devices along fsdp, with as few rows of the batch on "
+        "each"
         if program.layout.zero == 3
-        else f"parameters and optimizer state take {_gb(needs.state)} on each device: zero=3 splits them over fsdp"
+        else f"{held} device: zero=3 splits them over fsdp"
     )
     return tuple(lines)
 
@@ -97,7 +103,3 @@ def _changes(program: Program) -> Iterator[tuple[str, Layout, Any]]:
     for count in (n for n in range(layout.accumulate + 1, rows + 1) if rows % n == 0 and math.log2(n).is_integer()):
         layout = dataclasses.replace(layout, accumulate=count)
         yield f"accumulate={count}", layout, config
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.3g} GB"

@@ -14,6 +14,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+_NEXT = 0.9995  # of a unit: from here on three digits round up to 1 of it
 _LINES = 14  # of the ledger, largest first; `to_dict` has all
 
 
@@ -165,8 +166,9 @@ def seconds(value: float | None) -> str:
     """A time: "1.54 s", "230 ms"."""
     if value is None:
         return "-"
-    scale, unit = next(((s, u) for s, u in ((1, "s"), (1e3, "ms"), (1e6, "us")) if value * s >= 1), (1e9, "ns"))
-    return f"{value * scale:.3g} {unit}"
+    units = ((1, "s"), (1e3, "ms"), (1e6, "us"))
+    scale, unit = next(((s, u) for s, u in units if value * s >= _NEXT), (1e9, "ns"))
+    return f"{_three_digits(value * scale)} {unit}"
 
 
 def _sent(report: Any, axis: str | None = None) -> float:
@@ -181,7 +183,8 @@ def _text(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _flop(value: float) -> str:
+def flop(value: float) -> str:
+    """FLOPs: "1.08 PFLOP"."""
     return _scaled(value, "FLOP")
 
 
@@ -199,8 +202,8 @@ QUANTITIES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], str]]] = {
         f"  over {axis}": (partial(_sent, axis=axis), size)
         for axis in ("pipe", "data", "fsdp", "expert", "context", "tensor")
     },
-    "model FLOPs": (lambda report: report.flops.model, _flop),
-    "recomputed": (lambda report: report.flops.recomputed, _flop),
+    "model FLOPs": (lambda report: report.flops.model, flop),
+    "recomputed": (lambda report: report.flops.recomputed, flop),
     "arithmetic": (_time("arithmetic"), seconds),
     "step, all overlapping": (_time("overlapped"), seconds),
     "step, nothing overlapping": (_time("serial"), seconds),
@@ -244,7 +247,7 @@ def _memory(report: Any) -> Section:
 def _remat(report: Any) -> Section:
     chosen = dict(part.partition("=")[::2] for part in report.layout.split(",")).get("remat", "none")
     rows = tuple(
-        (f"{name}{' (this one)' if name == chosen else ''}", size(peak), _flop(again))
+        (f"{name}{' (this one)' if name == chosen else ''}", size(peak), flop(again))
         for name, (peak, again) in report.remat.items()
     )
     return Section("what remat would change", ("remat", ">peak", ">recomputed"), rows)
@@ -295,12 +298,12 @@ def _ledger(report: Any) -> Section:
 
 def _flops(report: Any) -> Section:
     flops = report.flops
-    rows = [("forward", _flop(flops.forward)), ("backward", _flop(flops.backward))]
+    rows = [("forward", flop(flops.forward)), ("backward", flop(flops.backward))]
     if flops.recomputed:
-        rows.append(("recomputed in backward", _flop(flops.recomputed)))
+        rows.append(("recomputed in backward", flop(flops.recomputed)))
     if flops.update:
-        rows.append(("update", _flop(flops.update)))
-    rows.append(("all", _flop(flops.total)))
+        rows.append(("update", flop(flops.update)))
+    rows.append(("all", flop(flops.total)))
     return Section("arithmetic of one device in one step", ("", ">matrix products"), tuple(rows))
 
 
@@ -344,7 +347,12 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _scaled(value: float, unit: str) -> str:
-    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if value >= 10**power:
-            return f"{value / 10**power:.3g} {prefix}{unit}"
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= _NEXT * 10**power:
+            return f"{_three_digits(value / 10**power)} {prefix}{unit}"
     return f"{value:.4g} {unit}"
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits, all of those before the point, and never an exponent for a large number."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"

@@ -112,6 +112,11 @@ class Report:
         """`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=indent)
 
+    def __repr__(self) -> str:
+        # The fields in full are thousands of lines, and end up in every notebook's file beside the tables.
+        peak = "" if self.peak is None else f", peak {render.size(self.peak)} on each"
+        return f"<Report on {self.layout}: {self.num_devices} devices{peak}; print it for its tables>"
+
     def __str__(self) -> str:
         return render.as_text(render.sections(self))
 
@@ -142,6 +147,9 @@ class Comparison:
     def to_json(self, indent: int | None = 2) -> str:
         """`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=indent)
+
+    def __repr__(self) -> str:
+        return f"<Comparison of {', '.join(self.reports)}; print it for its table>"
 
     def __str__(self) -> str:
         return render.as_text(render.comparison(self.reports))
@@ -234,16 +242,17 @@ def of(
         remat=others,
         advice=hints,
         notes=notes,
-        parameters=_parameters(program.state.params),
+        parameters=parameters_of(program.state.params),
     )
 
 
-def _parameters(params: Any, prefix: str = "") -> dict[str, Any]:
+def parameters_of(params: Any, prefix: str = "") -> dict[str, Any]:
+    """Of a nested dict of arrays with shardings, by path: shape, dtype, and the axes that split each dim."""
     found = {}
     for key, leaf in params.items():
         path = f"{prefix}{key}"
         if isinstance(leaf, Mapping):
-            found |= _parameters(leaf, f"{path}/")
+            found |= parameters_of(leaf, f"{path}/")
         else:
             spec = tuple(leaf.sharding.spec) + (None,) * (leaf.ndim - len(leaf.sharding.spec))
             axes = tuple(() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec)

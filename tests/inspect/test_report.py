@@ -114,6 +114,20 @@ def test_advice_where_nothing_helps_says_what_the_state_takes():
     assert any("parameters and optimizer state take" in line for line in report.advice)
 
 
+def test_advice_on_a_state_that_is_held_many_times_says_what_splitting_it_over_all_devices_would_take():
+    nothing = dataclasses.replace(SMALL, memory=1e3)
+    trainer = sl.Trainer(CONFIG, sl.Layout(data=4, fsdp=2, tensor=2), devices=16)
+    report = trainer.explain(32, 64, hardware=nothing)
+    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(trainer.abstract_state))
+    assert report.memory.state > 3 * whole / 16
+    size = sl.inspect.render.size
+    assert any(
+        f"take {size(report.memory.state)} on each of 16 devices. Split over all, by fsdp and tensor, they would take "
+        f"{size(whole / 16)};" in line
+        for line in report.advice
+    )
+
+
 def test_enough_memory_needs_no_advice_and_a_tight_fit_says_so():
     trainer = sl.Trainer(CONFIG, sl.Layout(), devices=1)
     peak = trainer.explain(4, 64).peak
