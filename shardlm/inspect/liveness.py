@@ -244,7 +244,7 @@ def _execute(equation: Any, operands: list[Any], results: list[Any], here: Place
 
 def _loop(equation: Any, operands: list, results: list, here: Place, memory: _Memory, last: list[_Variable]) -> None:
     name, params = equation.primitive.name, equation.params
-    constants, carries = (params["num_consts"], params["num_carry"]) if name == "scan" else (0, 0)
+    constants, carries = _counts(equation) if name == "scan" else (0, 0)
     if name == "while":
         constants, carries = params["cond_nconsts"] + params["body_nconsts"], len(results)
     for i, variable in enumerate(results):
@@ -257,6 +257,14 @@ def _loop(equation: Any, operands: list, results: list, here: Place, memory: _Me
     )
     memory.reach(memory.now + inner.peak, inner.where, memory.kept + inner.kept_at_peak)
     memory.largest = max(memory.largest, inner.largest)
+
+
+def _counts(scan: Any) -> tuple[int, int]:
+    """Numbers of constants and of carries: those in and out are as the body has them, all else has one dim more."""
+    body = scan.params["jaxpr"].jaxpr
+    same = [a.aval.shape == b.aval.shape for a, b in zip(scan.invars, body.invars, strict=True)]
+    carries = sum(a.aval.shape == b.aval.shape for a, b in zip(scan.outvars, body.outvars, strict=True))
+    return sum(same) - carries, carries
 
 
 def _materialise(variable: _Variable, memory: _Memory, where: str, dying: bool = False) -> None:
