@@ -93,7 +93,7 @@ def draw_parameter(subject: Any, path: str, device: int = 0) -> "Figure":
     else:
         parameters = parameters_of(subject.abstract_state.params)
         sizes = {str(axis): n for axis, n in subject.layout.sizes.items()}
-        dims = {name: split.dims for name, split in getattr(subject.plan, "splits", {}).items()}
+        dims = {name: split.dims for name, split in subject.plan.splits.items()}
     if path not in parameters:
         raise ValueError(f"no parameter {path!r}: {_hint(path, list(parameters))}")
     shape, dtype, axes = parameters[path]

@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from IPython.core.formatters import DisplayFormatter
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
@@ -300,6 +301,24 @@ def test_a_report_is_drawn_without_the_names_of_dims(reports):
     assert {"dim 1", "dim 1 0:32", "over fsdp=2: 32 each"} <= set(words(figure))
     same = sl.inspect.draw_parameter(trainer_of("data=2,fsdp=2,tensor=2"), QUERY)
     assert cells(figure) == cells(same)
+
+
+def test_a_parameter_of_a_module_of_ones_own():
+    def loss_fn(module, batch):
+        return (module(batch["x"]) ** 2).sum(), batch["x"].shape[0]
+
+    rules = [("kernel", PartitionSpec(None, "tensor")), ("bias", PartitionSpec())]
+    layout = sl.Layout(fsdp=4, tensor=2)
+    trainer = sl.Trainer.from_module(lambda rngs: nnx.Linear(12, 8, rngs=rngs), loss_fn, layout, rules=rules)
+    figure = sl.inspect.draw_parameter(trainer, "kernel")
+    real = held(trainer.abstract_state.params["kernel"].sharding, (12, 8))
+    assert len(set(real.values())) == 8
+    assert cells(figure) == {
+        (i, j): f"device {device}"
+        for device, ((row, _), (column, _)) in real.items()
+        for i, j in [(row // 3, column // 4)]
+    }
+    assert collisions(figure) == []
 
 
 def test_a_parameter_on_512_devices():
