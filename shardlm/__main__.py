@@ -12,6 +12,7 @@ import numpy as np
 
 import shardlm as sl
 from shardlm.data import Batches, Epoch
+from shardlm.inspect import topologies
 
 _SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
 
@@ -86,12 +87,17 @@ def explain(options: argparse.Namespace) -> int:
     """`python -m shardlm explain`: what a layout costs, on as many devices as it has, which need not exist."""
     layout = sl.Layout.parse(options.layout)
     devices: Any = options.devices or layout.num_devices
-    if options.compile:
+    if options.compile == "cpu":
         sl.fake_devices(layout.resolve(devices).num_devices)
         devices = jax.devices()
+    elif options.compile:
+        jax.config.update("jax_platforms", "cpu")  # the compiler's plugin is not to look for its hardware
+        devices = topologies.named(options.compile, layout.resolve(devices).num_devices)
     config = _config(options)
     trainer = sl.Trainer(config, layout, devices=devices)
-    report = trainer.explain(options.batch_size, options.sequence, hardware=options.hardware, compile=options.compile)
+    report = trainer.explain(
+        options.batch_size, options.sequence, hardware=options.hardware, compile=bool(options.compile)
+    )
     if options.json:
         print(report.to_json())
     else:
@@ -252,7 +258,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=size, default=16, help="rows per step, over all devices")
     add("--sequence", type=size, default=128, help="tokens per row")
     add("--hardware", help=f"judge it by this: {', '.join(sl.inspect.CATALOGUE)}")
-    add("--compile", action="store_true", help="compile the step for fake CPU devices too, for the compiler's own view")
+    add("--compile", nargs="?", const="cpu", metavar="FOR", help="compile the step too, for the compiler's own view: "
+        "for fake CPU devices (cpu, the default), or, with their compiler installed and none of them, for GPUs (h100) or "
+        "a TPU slice (v5e:2x4)")  # fmt: skip
     add("--json", action="store_true", help="print the report as JSON")
     return parser
 

@@ -1,5 +1,6 @@
 """What a step costs, known before it runs: communication, memory, FLOPs and time, and assertions about them."""
 
+from shardlm.inspect import topologies
 from shardlm.inspect.budget import assert_at_most, assert_fits, assert_no
 from shardlm.inspect.flops import Flops
 from shardlm.inspect.hardware import CATALOGUE, Hardware
@@ -25,4 +26,5 @@ __all__ = [
     "assert_no",
     "compare",
     "ledger",
+    "topologies",
 ]
