@@ -259,8 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--sequence", type=size, default=128, help="tokens per row")
     add("--hardware", help=f"judge it by this: {', '.join(sl.inspect.CATALOGUE)}")
     add("--compile", nargs="?", const="cpu", metavar="FOR", help="compile the step too, for the compiler's own view: "
-        "for fake CPU devices (cpu, the default), or, with their compiler installed and none of them, for GPUs (h100) or "
-        "a TPU slice (v5e:2x4)")  # fmt: skip
+        "for fake CPU devices (cpu, the default), or, with their compiler installed and none of them, for GPUs (h100) "
+        "or a TPU slice (v5e:2x4)")  # fmt: skip
     add("--json", action="store_true", help="print the report as JSON")
     return parser
 

@@ -20,7 +20,7 @@ def read(*lines: str, others: str = "") -> dict[Collective, int]:
         (f"%s = f32[6]{{0}} all-reduce-start(%x), {GROUPS}", "all-reduce", [6]),
         (f"%s = (f32[6]{{0}}, f32[2]{{0}}) all-reduce-start(%x, %y), {GROUPS}", "all-reduce", [6, 2]),
         (f"%s = (f32[2]{{0}}, f32[8]{{0}}) all-gather-start(%x), {GROUPS}", "all-gather", [8]),
-        (f"%s = ((f32[2], f32[3]), (f32[8], /*index=1*/f32[12])) all-gather-start(%x), {GROUPS}", "all-gather", [8, 12]),
+        (f"%s = ((f32[2], f32[3]), (f32[8], /*index=1*/f32[9])) all-gather-start(%x), {GROUPS}", "all-gather", [8, 9]),
         (f"%s = ((f32[8]{{0}}), f32[2]{{0}}) reduce-scatter-start(%x), {GROUPS}", "reduce-scatter", [8]),
         (f"%s = ((f32[8]), f32[8], u32[]) all-to-all-start(%x), {GROUPS}, dimensions={{0}}", "all-to-all", [8]),
         (f"%s = (f32[2], f32[2], f32[2], f32[2]) all-to-all(%a, %b, %c, %d), {GROUPS}", "all-to-all", [8]),

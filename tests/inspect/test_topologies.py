@@ -5,9 +5,9 @@ is always checked. Where a compiler is installed (the extra `test` brings the GP
 compiled afresh. To record again, with both: `JAX_PLATFORMS=cpu PYTHONPATH=. python tests/inspect/test_topologies.py`.
 
 Of a kind over some axes, elements must agree and not calls: compilers move many arrays as one (the GPU's copies them
-into one), and take the first iteration out of a loop. Both add scalars of the gradient's norm, at most one per parameter
-and axes. The TPU's besides gathers in bfloat16 what only a matrix product reads, which computes in bfloat16 there, and
-does with an all-reduce what would gather or scatter pieces too small for its memory's tiles.
+into one), and take the first iteration out of a loop. Both add scalars of the gradient's norm, at most one per
+parameter and axes. The TPU's besides gathers in bfloat16 what only a matrix product reads, which computes in bfloat16
+there, and does with an all-reduce what would gather or scatter pieces too small for its memory's tiles.
 """
 
 import dataclasses
@@ -133,6 +133,12 @@ def test_explain_takes_the_compilers_own_view(name: str):
     # Two scalars of the loss are in the ledger, and every gradient, which each compiler moves as one or two arrays.
     assert report.ledger.compiled and report.ledger.added == ()
     assert report.memory.compiled is not None and report.memory.compiled > report.memory.state
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_nothing_runs_on_devices_to_compile_for(name: str):
+    with pytest.raises(ValueError, match="can be compiled for .* but nothing runs there"):
+        trainer("data=8", MAKE[name]()).init()
 
 
 def test_a_missing_compiler_is_named_with_what_installs_it(monkeypatch):
