@@ -22,7 +22,7 @@ import optax
 import pytest
 
 import shardlm as sl
-from shardlm.inspect import topologies
+from shardlm.inspect import ledger, topologies
 from shardlm.inspect.hlo import Collective, collectives
 
 DATA = Path(__file__).parent / "data"
@@ -50,13 +50,17 @@ def trainer(layout: str, devices, dtype: str = "float32") -> sl.Trainer:
     return sl.Trainer(config, sl.Layout.parse(layout), optax.adam(1e-3), devices=devices)
 
 
+def batch_for(made: sl.Trainer) -> dict[str, jax.ShapeDtypeStruct]:
+    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    return {
+        name: jax.ShapeDtypeStruct((ROWS, SEQUENCE), dtype, sharding=made.batch_sharding)
+        for name, dtype in dtypes.items()
+    }
+
+
 def compile_for(name: str, layout: str) -> str:
     made = trainer(layout, MAKE[name]())
-    batch = {
-        name: jax.ShapeDtypeStruct((ROWS, SEQUENCE), dtype, sharding=made.batch_sharding)
-        for name, dtype in (("tokens", jnp.int32), ("targets", jnp.int32), ("weights", jnp.float32))
-    }
-    return made._step.lower(made.abstract_state, batch).compile().as_text()
+    return made._step.lower(made.abstract_state, batch_for(made)).compile().as_text()
 
 
 def recorded(name: str, layout: str) -> str:
@@ -74,7 +78,7 @@ def sums(found: Counter[Collective]) -> Moved:
 def differences(text: str, layout: str) -> Moved:
     """By kind and axes, how many elements more than the ledger says the compiled program moves; 0 is left out."""
     sized = trainer(layout, 8)
-    traced = sums(sized.explain(ROWS, SEQUENCE).ledger.counts())
+    traced = sums(ledger(sized.step_function, sized.abstract_state, batch_for(sized)).counts())
     compiled = sums(collectives(text, sized.layout.mesh(jax.devices())))
     assert traced
     difference = {key: compiled.get(key, 0) - traced.get(key, 0) for key in traced.keys() | compiled.keys()}
