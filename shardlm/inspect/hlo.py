@@ -168,8 +168,8 @@ class _Reader:
             else _axes(instruction.line, self.mesh)
         )
         shape = instruction.shape
-        if started and kind != "all-reduce":
-            # Of a pair (operands, results), and what the operation needs besides.
+        if started and (kind != "all-reduce" or shape.startswith("((")):
+            # Of a pair (operands, results), and what the operation needs besides; older all-reduces have results alone.
             parts = _split(shape)
             assert len(parts) >= 2, f"no pair of operands and results: {instruction.line}"
             shape = parts[1]

@@ -19,6 +19,7 @@ def read(*lines: str, others: str = "") -> dict[Collective, int]:
     [
         (f"%s = f32[6]{{0}} all-reduce-start(%x), {GROUPS}", "all-reduce", [6]),
         (f"%s = (f32[6]{{0}}, f32[2]{{0}}) all-reduce-start(%x, %y), {GROUPS}", "all-reduce", [6, 2]),
+        (f"%s = ((f32[6]{{0}}), f32[6]{{0}}) all-reduce-start(%x), {GROUPS}", "all-reduce", [6]),
         (f"%s = (f32[2]{{0}}, f32[8]{{0}}) all-gather-start(%x), {GROUPS}", "all-gather", [8]),
         (f"%s = ((f32[2], f32[3]), (f32[8], /*index=1*/f32[9])) all-gather-start(%x), {GROUPS}", "all-gather", [8, 9]),
         (f"%s = ((f32[8]{{0}}), f32[2]{{0}}) reduce-scatter-start(%x), {GROUPS}", "reduce-scatter", [8]),
