@@ -104,7 +104,7 @@ def _computations(text: str) -> dict[str, _Computation]:
             name = match[1]
             bodies[name] = _Computation(line.startswith("ENTRY"))
         elif name and (match := _INSTRUCTION.match(line)):
-            bodies[name].instructions[match[1]] = _Instruction(*match.groups(), line)
+            bodies[name].instructions[match[1]] = _Instruction(match[1], match[2], match[3], match[4], line)
     assert any(body.entry for body in bodies.values()), "no entry computation in this text"
     return bodies
 
@@ -129,8 +129,9 @@ class _Reader:
                     self.walk(called, times * trips)
             elif opcode in ("call", "conditional", "fusion", "async-start", "custom-call"):
                 target = re.search(r'custom_call_target="([^"]*)"', instruction.line)
-                known = target is None or target[1] in ("AsyncCollectiveStart", "AsyncCollectiveDone")
-                assert known or not _LOOKS_LIKE_ONE.search(target[1]), f"unknown communication: {instruction.line}"
+                named = "" if target is None else target[1]
+                known = named in ("AsyncCollectiveStart", "AsyncCollectiveDone")
+                assert known or not _LOOKS_LIKE_ONE.search(named), f"unknown communication: {instruction.line}"
                 for called in instruction.called:
                     self.walk(called, times)
             elif opcode.removesuffix("-start") in KINDS:
