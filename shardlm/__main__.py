@@ -12,6 +12,7 @@ import numpy as np
 
 import shardlm as sl
 from shardlm.data import Batches, Epoch
+from shardlm.inspect import topologies
 
 _MOST_CPU_DEVICES = 2048  # of one process: with more, JAX takes some to be another process's
 _SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
@@ -91,7 +92,7 @@ def explain(options: argparse.Namespace) -> int:
     layout = sl.Layout.parse(options.layout)
     layout = layout.resolve(options.devices or layout.num_devices)
     devices: Any = layout.num_devices
-    if options.compile:
+    if options.compile == "cpu":
         if devices > _MOST_CPU_DEVICES:
             raise ValueError(
                 f"--compile: a process can have {_MOST_CPU_DEVICES} fake CPU devices, and this layout has {devices}. "
@@ -103,9 +104,14 @@ def explain(options: argparse.Namespace) -> int:
             if len(jax.devices()) < devices:
                 raise ValueError(str(error)) from error
         devices = jax.devices()[:devices]
+    elif options.compile:
+        jax.config.update("jax_platforms", "cpu")  # the compiler's plugin is not to look for its hardware
+        devices = topologies.named(options.compile, devices)
     config = _config(options)
     trainer = sl.Trainer(config, layout, devices=devices)
-    report = trainer.explain(options.batch_size, options.sequence, hardware=options.hardware, compile=options.compile)
+    report = trainer.explain(
+        options.batch_size, options.sequence, hardware=options.hardware, compile=bool(options.compile)
+    )
     if options.json:
         print(report.to_json())
     else:
@@ -285,7 +291,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=size, default=16, help="rows per step, over all devices")
     add("--sequence", type=size, default=128, help="tokens per row")
     add("--hardware", help=f"judge it by this: {', '.join(sl.inspect.CATALOGUE)}")
-    add("--compile", action="store_true", help="compile the step for fake CPU devices too, for the compiler's own view")
+    add("--compile", nargs="?", const="cpu", metavar="FOR", help="compile the step too, for the compiler's own view: "
+        "for fake CPU devices (cpu, the default), or, with their compiler installed and none of them, for GPUs (h100) "
+        "or a TPU slice (v5e:2x4)")  # fmt: skip
     add("--json", action="store_true", help="print the report as JSON")
 
     _add_verify(commands)

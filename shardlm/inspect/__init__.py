@@ -1,5 +1,6 @@
 """What a step costs, known before it runs: communication, memory, FLOPs and time, and assertions about them."""
 
+from shardlm.inspect import topologies
 from shardlm.inspect.bars import draw_communication, draw_memory
 from shardlm.inspect.budget import assert_at_most, assert_fits, assert_no
 from shardlm.inspect.flops import Flops
@@ -31,4 +32,5 @@ __all__ = [
     "draw_mesh",
     "draw_parameter",
     "ledger",
+    "topologies",
 ]

@@ -145,12 +145,16 @@ def ledger(function: Callable[..., Any], *arguments: Any) -> Ledger:
 def compiler_adds(traced: Ledger, compiled: Counter[Collective], sizes: dict[str, int]) -> Ledger:
     """The traced ledger with what a compiled program does besides.
 
+    Compilers move several arrays as one, or one in parts: of a kind over some axes, only what is more than the traced
+    elements is added. What a compiler does by another kind (XLA:TPU sums a small array where it was asked to
+    reduce-scatter it) counts as added.
+
     Args:
         traced: of `of`.
         compiled: of `hlo.collectives`, for the same program.
         sizes: number of devices along each mesh axis.
     """
-    more = compiled - traced.counts()
+    more = _beyond(compiled, traced.counts())
     added = tuple(
         Entry(
             kind=key.kind,
@@ -177,6 +181,23 @@ def total_bytes(entries: Iterable[Entry]) -> float:
         else:
             certain += entry.bytes
     return certain + sum(max(sums.values()) for sums in branches.values())
+
+
+def _beyond(compiled: Counter[Collective], traced: Counter[Collective]) -> Counter[Collective]:
+    missing: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    for key, n in (traced - compiled).items():
+        missing[key.kind, key.axes] += key.elements * n
+    found: dict[tuple[str, tuple[str, ...]], list[tuple[Collective, int]]] = {}
+    for key, n in (compiled - traced).items():
+        found.setdefault((key.kind, key.axes), []).append((key, n))
+    more: Counter[Collective] = Counter()
+    for which, group in found.items():
+        extra = sum(key.elements * n for key, n in group) - missing[which]
+        if not missing[which]:
+            more.update(dict(group))
+        elif extra > 0:
+            more[Collective(*which, extra, group[0][0].dtype)] = 1
+    return more
 
 
 def _counts(entries: Iterable[Entry]) -> Counter[Collective]:

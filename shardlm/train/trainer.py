@@ -348,6 +348,8 @@ class Trainer:
                 f"the {self.mesh.size} devices of this Trainer do not exist, as devices={self.mesh.size} says: give it "
                 f"devices to run on, or on a CPU call sl.fake_devices({self.mesh.size}) first and leave devices out"
             )
+        if type(self.mesh.devices.flat[0].client).__name__ == "CompileOnlyPyClient":
+            raise ValueError("these devices can be compiled for (explain(..., compile=True)), but nothing runs there")
         result = function(*arguments)
         if self.mesh.size > 1 and self.first_device.platform == "cpu":
             jax.block_until_ready(result)

@@ -167,6 +167,9 @@ def test_everything_together_adds_up():
 def test_the_reader_sees_loops_groups_and_tuples():
     mesh = sl.Layout(data=2, tensor=4).mesh()
     text = """
+%c (p: (s32[], f32[4,3])) -> pred[] {
+  ROOT %lt = pred[] fusion(%p), kind=kLoop
+}
 %body.1 (p: (s32[], f32[4,3])) -> (s32[], f32[4,3]) {
   %a = (f32[4,3]{1,0}, f32[5]{0}) all-reduce(%x, %y), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%sum
 }

@@ -156,9 +156,9 @@ def dropout_from_local_rows(monkeypatch):
 def across_segments(monkeypatch):
     mask = Visibility.mask
 
-    def everywhere(self):
+    def everywhere(self, rows=None):
         split = bool(collectives.active((Axis.DATA, Axis.TENSOR)))
-        return mask(Visibility(self.index, None, self.window) if split else self)
+        return mask(Visibility(self.index, None, self.window) if split else self, rows)
 
     monkeypatch.setattr(Visibility, "mask", everywhere)
 
@@ -216,8 +216,9 @@ def moments_kept_on_one_device(monkeypatch):
     """On the devices of fsdp=1 the optimizer state stays what it was."""
     make_step = trainers.make_step
 
-    def make(plan, *rest):
-        step = make_step(plan, *rest)
+    def make(program, *rest):
+        step = make_step(program, *rest)
+        plan = program.plan
 
         def wrong(state, batch):
             new, metrics = step(state, batch)
