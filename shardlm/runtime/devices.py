@@ -1,13 +1,16 @@
 """Several CPU devices on one machine, so that any layout runs without an accelerator."""
 
+import importlib.util
+import os
+
 import jax
 
 
 def fake_devices(count: int = 8) -> None:
     """Split the CPU into `count` JAX devices.
 
-    It sets the number of CPU devices and nothing else: where JAX finds an accelerator, `jax.devices()` still returns
-    that, and `jax.devices("cpu")` these. Calling it again with the same count does nothing.
+    Where JAX finds an accelerator, `jax.devices()` still returns that, and `jax.devices("cpu")` these. A GPU plugin on
+    a machine without GPUs, which is there to compile for them, is left alone. Calling it again with the same count does nothing.
 
     Args:
         count: number of CPU devices, for this process.
@@ -22,6 +25,8 @@ def fake_devices(count: int = 8) -> None:
     """
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"fake_devices({count!r}): the number of devices is a positive integer")
+    if _plugin_without_hardware():
+        jax.config.update("jax_platforms", "cpu")
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError as error:  # JAX refuses a new number once a backend has started
@@ -32,6 +37,17 @@ def fake_devices(count: int = 8) -> None:
                 "The first use of a device (jax.devices(), any jax.numpy operation) fixes their number. "
                 "Restart the kernel or the process, and call fake_devices before that."
             ) from error
+
+
+def _plugin_without_hardware() -> bool:
+    """Whether JAX would try a GPU plugin, fail and print a page: it is there to compile for GPUs, and no GPU is."""
+    if jax.config.jax_platforms or os.name != "posix":
+        return False
+    plugin = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12")
+    hardware = any(
+        os.path.exists(f"/dev/{name}") for name in ("nvidiactl", "nvidia0", "dxg", "accel0", "vfio/0", "kfd")
+    )
+    return plugin is not None and not hardware
 
 
 def _cpu_devices() -> int:

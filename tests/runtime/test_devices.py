@@ -5,6 +5,7 @@ import sys
 import jax
 import pytest
 
+from shardlm.runtime import devices as devices_module
 from shardlm.runtime import fake_devices
 
 
@@ -64,3 +65,24 @@ def test_after_jax_has_started_another_number_is_an_error():
 def test_the_number_is_a_positive_integer(count):
     with pytest.raises(ValueError, match="is a positive integer"):
         fake_devices(count)
+
+
+@pytest.mark.parametrize(
+    ("platforms", "plugin", "devices", "expected"),
+    [
+        ("", True, set(), True),
+        ("", False, set(), False),
+        ("", True, {"/dev/nvidiactl"}, False),
+        ("", True, {"/dev/accel0"}, False),
+        ("cuda", True, set(), False),
+    ],
+)
+def test_a_plugin_without_hardware_is_left_alone(monkeypatch, platforms, plugin, devices, expected):
+    asked = jax.config.jax_platforms
+    jax.config.update("jax_platforms", platforms or None)
+    monkeypatch.setattr(devices_module.importlib.util, "find_spec", lambda name: object() if plugin else None)
+    monkeypatch.setattr(devices_module.os.path, "exists", devices.__contains__)
+    try:
+        assert devices_module._plugin_without_hardware() is expected
+    finally:
+        jax.config.update("jax_platforms", asked)
