@@ -10,7 +10,8 @@ def fake_devices(count: int = 8) -> None:
     """Split the CPU into `count` JAX devices.
 
     Where JAX finds an accelerator, `jax.devices()` still returns that, and `jax.devices("cpu")` these. A GPU plugin on
-    a machine without GPUs, which is there to compile for them, is left alone. Calling it again with the same count does nothing.
+    a machine without GPUs, which is there to compile for them, is left alone. Calling it again with the same count does
+    nothing.
 
     Args:
         count: number of CPU devices, for this process.
