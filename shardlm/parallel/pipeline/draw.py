@@ -8,6 +8,7 @@ from .simulate import Simulation
 # Of Okabe and Ito's colours, which readers with any kind of colour vision tell apart, those that stay so when made
 # lighter and darker.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")
+_GREY = "#BBBBBB"
 _NAMES = {
     Kind.FORWARD: "forward",
     Kind.BACKWARD: "backward",
@@ -21,8 +22,8 @@ def chart(simulation: Simulation, title: str | None = None) -> Any:
     """The chart as a `matplotlib.figure.Figure`; `savefig("chart.svg")` writes it.
 
     One row per stage, time to the right; the number is the microbatch, its subscript the chunk if there are several,
-    its colour one of five in turn. Forwards are light, backwards dark, gradients of weights hatched as well. Thin lines
-    are the bounds of synchronous ticks.
+    its colour one of five in turn. Forwards are light, backwards dark, gradients of weights hatched as well.
+    Thin lines are the bounds of synchronous ticks, grey what a tick spends on embedding and head.
 
     Raises:
         ImportError: without matplotlib, which `pip install 'shardlm[plots]'` brings.
@@ -50,6 +51,8 @@ def chart(simulation: Simulation, title: str | None = None) -> Any:
             (start + end) / 2, stage, label, ha="center", va="center", color=ink, fontsize=min(9.0, 0.9 * room),
             bbox={"facecolor": face, "edgecolor": "none", "pad": 0.6},
         )  # fmt: skip
+    for stage, start, end in simulation.shared:
+        axes.barh(stage, end - start, left=start, height=0.86, color=_GREY, edgecolor="white", linewidth=0.8)
     for tick in simulation.ticks:
         axes.axvline(tick.end, color="#999999", linewidth=0.4, zorder=0)
     axes.set_yticks(range(stages), [f"stage {stage}" for stage in range(stages)])
@@ -70,12 +73,16 @@ def chart(simulation: Simulation, title: str | None = None) -> Any:
         for kind, name in _NAMES.items()
         if kind in seen
     ]
+    if simulation.shared:
+        handles.append(Patch(facecolor=_GREY, edgecolor="white", label="embedding and head"))
     figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False, fontsize=8)
     return figure
 
 
 def text_chart(simulation: Simulation) -> str:
     """The chart as text: F3 is the forward of microbatch 3, F3.1 that by chunk 1, and so B, I and W; dashes are time.
+
+    Equals signs are embedding and head, in synchronous ticks that spend time on them.
 
     >>> from shardlm.parallel.pipeline import asynchronous, orders
     >>> print(text_chart(asynchronous(orders("1f1b", stages=2, microbatches=3))))
@@ -84,15 +91,15 @@ def text_chart(simulation: Simulation) -> str:
     stage 1    F0 B0--- F1 B1--- F2 B2---
     asynchronous: bubble 3 (33.3% of ideal), at most 2 stage inputs held
     """
-    spans = [span for span in simulation.spans if span.end > span.start]
-    # So wide that the label of every operation and a space fit into its time.
-    scale = max((len(str(span.operation)) + 1) / (span.end - span.start) for span in spans)
+    bars = [(stage, start, end, str(operation)) for stage, operation, start, end in simulation.spans if end > start]
+    # So wide that every label and a space fit into its time.
+    scale = max((len(label) + 1) / (end - start) for _, start, end, label in bars)
     rows = [[] for _ in simulation.work]
-    for span in sorted(spans, key=lambda span: span.start):
-        start, end = round(span.start * scale), round(span.end * scale)
-        row = rows[span.stage]
-        row.extend(" " * (start - len(row)))
-        row.extend(str(span.operation).ljust(max(end - start - 1, 1), "-") + " ")
+    shared = [(part.stage, part.start, part.end, "") for part in simulation.shared]
+    for stage, start, end, label in sorted([*bars, *shared], key=lambda bar: bar[1]):
+        first, last = round(start * scale), round(end * scale)
+        rows[stage].extend(" " * (first - len(rows[stage])))
+        rows[stage].extend(label.ljust(last - first - 1, "-") + " " if label else "=" * (last - first))
     step = next(n * 10**e for e in range(-9, 99) for n in (1, 2, 5) if n * 10**e * scale >= 8)
     head = len(f"stage {len(rows) - 1} ")
     axis: list[str] = []

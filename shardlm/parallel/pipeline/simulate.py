@@ -15,13 +15,13 @@ The bubble is makespan minus ideal time, the work of the stage that has most. Ti
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .schedule import Kind, Operation, Orders, needs
 from .table import FIELDS, Table
 
-Time = float | Sequence[float]  # the same for all stages, or one number per stage
+Time = float | Iterable[float]  # the same for all stages, or one number per stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,9 @@ class Times:
         forward, backward, input_gradient, weight_gradient: on a stage, or a sequence with each stage's.
         send: from one stage to the next.
         embedding, embedding_backward, head: on the devices of one stage; head is forward and backward, with the loss.
+
+    Raises:
+        ValueError: for a negative time.
     """
 
     forward: Time = 1.0
@@ -43,18 +46,24 @@ class Times:
     embedding_backward: float = 0.0
     head: float = 0.0
 
+    def __post_init__(self):
+        for name, time in list(vars(self).items()):
+            each = tuple(time) if isinstance(time, Iterable) else (time,)
+            if min(each) < 0:
+                raise ValueError(f"{name}={time}; a time is not negative")
+            if isinstance(time, Iterable):
+                object.__setattr__(self, name, each)
+
     def of(self, kind: Kind, stage: int) -> float:
         """The time of an operation, without embedding and head."""
         time = getattr(self, kind.name.lower())
-        return time[stage] if isinstance(time, Sequence) else time
+        return time[stage] if isinstance(time, tuple) else time
 
     def check(self, stages: int) -> None:
-        """Raises ValueError for a negative time and for a sequence that is not one number per stage."""
+        """Raises ValueError for a sequence that has not one time per stage."""
         for name, time in vars(self).items():
-            if isinstance(time, Sequence) and len(time) != stages:
+            if isinstance(time, tuple) and len(time) != stages:
                 raise ValueError(f"{name} has {len(time)} times; there are {stages} stages")
-            if min(time if isinstance(time, Sequence) else [time]) < 0:
-                raise ValueError(f"{name}={time}; a time is not negative")
 
 
 class Span(NamedTuple):
@@ -62,6 +71,14 @@ class Span(NamedTuple):
 
     stage: int
     operation: Operation
+    start: float
+    end: float
+
+
+class Shared(NamedTuple):
+    """Embedding or head, as a part of a synchronous tick."""
+
+    stage: int
     start: float
     end: float
 
@@ -86,6 +103,7 @@ class Simulation:
         activations, gradients: messages sent in all.
         spans: every operation in time.
         ticks: the ticks of the synchronous accounting; none in the asynchronous one.
+        shared: embedding and head in those ticks; the asynchronous operations of the first and last stage hold theirs.
     """
 
     makespan: float
@@ -95,6 +113,7 @@ class Simulation:
     gradients: int
     spans: tuple[Span, ...]
     ticks: tuple[Tick, ...] = ()
+    shared: tuple[Shared, ...] = ()
 
     @property
     def ideal(self) -> float:
@@ -152,7 +171,7 @@ messages: 24 activations, 24 gradients
                 ends[stage, operation] = free[stage] = end
                 position[stage] += 1
         assert len(ends) > before, "orders were not checked"
-    return _simulation(spans, stages, chunks, max(ends.values()), [0.0] * stages)
+    return _simulation(spans, stages, chunks, max(ends.values()))
 
 
 def synchronous(table: Table, times: Times = Times(), *, vocabulary_split: bool = True) -> Simulation:
@@ -179,13 +198,13 @@ messages: 24 activations, 24 gradients
         "weight": Kind.WEIGHT_GRADIENT,
         "forward": Kind.FORWARD,
     }
-    spans, ticks, now, vocabulary = [], [], 0.0, [0.0] * stages
+    spans, ticks, shared, now = [], [], [], 0.0
 
     def together(at: list[float], time: float, stage: int) -> list[float]:
         """A barrier, then an operation of all stages, or of `stage` while the others wait."""
-        for s in range(stages) if vocabulary_split else [stage]:
-            vocabulary[s] += time / share
-        return [max(at) + time / share] * stages
+        start, end = max(at), max(at) + time / share
+        shared.extend(Shared(s, start, end) for s in (range(stages) if vocabulary_split else [stage]))
+        return [end] * stages
 
     for t in range(table.ticks):
         start, at = now, [now] * stages
@@ -207,7 +226,7 @@ messages: 24 activations, 24 gradients
         messages = [int((arrival[t] >= 0).sum()) for arrival in (table.activation_arrival, table.gradient_arrival)]
         now = max(at) + (times.send if any(messages) else 0)
         ticks.append(Tick(start, now, *messages))
-    return _simulation(spans, stages, table.chunks, now, vocabulary, ticks)
+    return _simulation(spans, stages, table.chunks, now, ticks, shared)
 
 
 def _alone(operation: Operation, stage: int, stages: int, chunks: int, times: Times) -> float:
@@ -219,11 +238,17 @@ def _alone(operation: Operation, stage: int, stages: int, chunks: int, times: Ti
 
 
 def _simulation(
-    spans: list[Span], stages: int, chunks: int, makespan: float, vocabulary: list[float], ticks: Sequence[Tick] = ()
+    spans: list[Span],
+    stages: int,
+    chunks: int,
+    makespan: float,
+    ticks: Sequence[Tick] = (),
+    shared: Sequence[Shared] = (),
 ) -> Simulation:
     """Spans of a stage are in the order in which it ran them; a backward frees its input before the next forward."""
     split = any(span.operation.kind is Kind.WEIGHT_GRADIENT for span in spans)
-    work, held, peak = list(vocabulary), [0] * stages, [0] * stages
+    work = [sum(end - start for s, start, end in shared if s == stage) for stage in range(stages)]
+    held, peak = [0] * stages, [0] * stages
     activations = gradients = 0
     for stage, operation, start, end in spans:
         work[stage] += end - start
@@ -238,5 +263,5 @@ def _simulation(
         peak[stage] = max(peak[stage], held[stage])
     return Simulation(
         makespan=makespan, work=tuple(work), peak_activations=tuple(peak), activations=activations, gradients=gradients,
-        spans=tuple(spans), ticks=tuple(ticks),
+        spans=tuple(spans), ticks=tuple(ticks), shared=tuple(shared),
     )  # fmt: skip

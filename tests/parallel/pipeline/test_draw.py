@@ -86,6 +86,17 @@ def test_only_weight_gradients_are_hatched():
     assert names == ["forward", "gradient of the input", "gradient of the weights"]
 
 
+def test_embedding_and_head_are_no_bubble():
+    times = Times(forward=1, backward=1, embedding=3, head=6)
+    simulation = synchronous(make_table("1f1b", 3, 2), times)
+    *_, last, _ = text_chart(simulation).splitlines()
+    # All stages share: 1 for an embedding and 2 for a head, where forward and backward take 1.
+    assert last == "stage 2 ===   ===   F0 ======B0 F1 ======B1"
+    assert len(chart(simulation).axes[0].patches) == 3 * 2 * 2 + 3 * 4
+    [legend] = chart(simulation).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["forward", "backward", "embedding and head"]
+
+
 def test_operations_that_take_no_time_are_not_drawn():
     lines = text_chart(asynchronous(orders("1f1b", 2, 3), Times(forward=0, backward=1))).splitlines()
     assert lines[1].split() == ["stage", "0", "B0", "B1", "B2"]

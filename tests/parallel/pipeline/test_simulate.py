@@ -3,6 +3,7 @@
 import doctest
 import itertools
 
+import numpy as np
 import pytest
 
 from shardlm.parallel.pipeline import SCHEDULES, Times, asynchronous, make_table, orders, simulate, synchronous
@@ -134,16 +135,22 @@ def test_work_does_not_depend_on_the_accounting(name):
 @pytest.mark.parametrize(
     ("times", "message"),
     [
-        (Times(forward=[1, 2]), "forward has 2 times; there are 3 stages"),
-        (Times(send=-1), "send=-1; a time is not negative"),
-        (Times(backward=[1, -2, 1]), r"backward=\[1, -2, 1\]; a time is not negative"),
+        ({"send": -1}, "send=-1; a time is not negative"),
+        ({"backward": [1, -2, 1]}, r"backward=\[1, -2, 1\]; a time is not negative"),
     ],
 )
-def test_illegal_times(times, message):
+def test_negative_times(times, message):
     with pytest.raises(ValueError, match=message):
+        Times(**times)
+
+
+def test_times_of_another_number_of_stages():
+    times = Times(forward=np.array([1, 2]))
+    with pytest.raises(ValueError, match="forward has 2 times; there are 3 stages"):
         asynchronous(orders("1f1b", 3, 5), times)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="forward has 2 times; there are 3 stages"):
         synchronous(make_table("1f1b", 3, 5), times)
+    assert asynchronous(orders("1f1b", 2, 5), times).work == (5 * (1 + 2), 5 * (2 + 2))
 
 
 def test_the_examples_run():
