@@ -173,13 +173,14 @@ def _check_complete(result: Orders, microbatches: int, chunks: int) -> None:
     if split and Kind.BACKWARD in kinds:
         raise ValueError("the schedule mixes whole backwards (B) with split ones (I and W); use one of them throughout")
     backward = (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT) if split else (Kind.BACKWARD,)
-    expected = {
-        Operation(kind, i, c) for kind in (Kind.FORWARD, *backward) for i in range(microbatches) for c in range(chunks)
-    }
+    kinds = (Kind.FORWARD, *backward)
+    expected = [Operation(kind, i, c) for kind in kinds for i in range(microbatches) for c in range(chunks)]
+    legal = set(expected)
     for stage, order in enumerate(result):
-        extra = [op for op in order if op not in expected]
+        extra = [op for op in order if op not in legal]
         twice = [op for op, times in collections.Counter(order).items() if times > 1]
-        missing = sorted(expected.difference(order))
+        present = set(order)
+        missing = [op for op in expected if op not in present]
         for found, problem in (
             (extra, f"is not among {microbatches} microbatches of {chunks} chunks"),
             (twice, "comes twice"),

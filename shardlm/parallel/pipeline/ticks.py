@@ -11,8 +11,8 @@ backwards:
   forward every time.
 - Backwards keep their order, and are later than the forwards before them in the order; this keeps GPipe what it is.
 - Weight gradients keep their order, wait for all that precedes them, and the k-th runs in the same tick on all stages,
-  the first in which every stage can. They so take v m ticks and not v m + p - 1. No buffer grows by it, as buffers
-  have the size that the first stage needs, which is the last to come to a weight gradient.
+  the first in which every stage can. They so take v m ticks and not v m + p - 1. The stash does not grow by it, as it
+  has the size that the first stage needs, which is the last to come to a weight gradient.
 
 For 1F1B and GPipe this gives m + p - 1 ticks with forwards and as many with backwards, (m + p - 1)(F + B) together, the
 time of the asynchronous schedule; interleaved v m + p - 1 of each, split backwards (m + p - 1)(F + I) + m W. Stage s
@@ -205,6 +205,4 @@ def _table(ticks: _Ticks, stages: int, microbatches: int, chunks: int) -> Table:
     has = {f"has_{name}": np.any(a[f"{name}_microbatch"] >= 0, axis=1) for name in ("forward", "backward", "weight")}
     for array in (*a.values(), *has.values()):
         array.flags.writeable = False
-    return Table(
-        stages=stages, microbatches=microbatches, chunks=chunks, split=split, **slots, **a, **has
-    )  # fmt: skip
+    return Table(stages=stages, microbatches=microbatches, chunks=chunks, split=split, **slots, **a, **has)

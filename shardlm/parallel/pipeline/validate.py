@@ -127,7 +127,7 @@ class _Replay:
         ):
             expected, found = operation.microbatch if operation else -1, int(getattr(table, name)[t])
             if found != expected:
-                what = f"{operation} needs" if operation else "no operation on it: it needs"
+                what = f"{operation} needs" if operation else "there is no such operation, so it has to be"
                 raise ValueError(f"tick {t}, stage {stage}: {name} is {found}, but {what} {expected}")
 
     def run_forward(self, t: int, s: int, operation: Operation) -> None:
@@ -202,7 +202,7 @@ class _Replay:
         held = self.buffers[buffer][s][slot] if slot >= 0 else None
         if held != value:
             holds = "it names no slot" if slot < 0 else f"slot {slot} holds {held or 'nothing'}"
-            raise ValueError(f"tick {t}, stage {s}: {reader} needs {value} in a {buffer} slot; {holds}")
+            raise ValueError(f"tick {t}, stage {s}: {reader} needs {value} in its {buffer} slot; {holds}")
         if not keep:
             self.buffers[buffer][s][slot] = None
 
