@@ -17,8 +17,9 @@ Variant = Callable[[Layout, Any], Program]
 """The same step on another layout of as many devices, and with another config."""
 
 POLICIES = ("none", "dots", "full")
-# How far the prediction may be below what a compiler needs; tests hold it to this.
-MARGIN = 0.10
+# Room to leave: XLA's CPU compiler was within 10 % of the prediction, its GPU compiler needed up to 56 % more where all
+# is recomputed and the model is small.
+MARGIN = 0.25
 
 
 def remat(program: Program, variant: Variant) -> dict[str, tuple[int, float]]:
@@ -45,7 +46,7 @@ def fitting(program: Program, variant: Variant, needs: Memory, hardware: Hardwar
     lines = []
     if peak <= room:
         lines.append(
-            f"tight: the prediction is good to about {MARGIN:.0%}, and only {render.size(room - peak)} are left"
+            f"tight: a compiler may need {MARGIN:.0%} more than predicted, and only {render.size(room - peak)} are left"
         )
     layout, config, changes = program.layout, program.config, []
     for text, layout, config in _changes(program):

@@ -94,14 +94,15 @@ def _traceable(program: Program) -> tuple[Program, tuple[str, ...]]:
 
 def _look(program: Program, trainer: "Trainer", batch: Any, notes: tuple[str, ...], compiled: Any) -> programs.Program:
     leaf = jax.tree.leaves(batch)[0]
+    state = states.abstract(program, trainer.optimizer)
     tokens = isinstance(batch, Mapping) and isinstance(program, TransformerProgram)
     return programs.Program(
         step=make_step(program, trainer.optimizer, trainer.seed),
-        state=states.abstract(program, trainer.optimizer),
+        state=state,
         batch=batch,
         mesh=program.plan.mesh,
         layout=program.plan.layout,
-        dtype=program.work(batch).dtype,
+        dtype=program.work(batch).dtype or str(jax.tree.leaves(state.params)[0].dtype),
         config=program.config if isinstance(program, TransformerProgram) else None,
         splits=program.plan.splits,
         manual=program.engine == "manual",

@@ -103,7 +103,7 @@ def test_advice_names_changes_that_make_it_fit_and_they_do():
     layout, _, attention = line.partition("--layout ")[2].partition(" --attention ")
     changed = dataclasses.replace(CONFIG, attention=sl.Attention(implementation=attention)) if attention else CONFIG
     better = sl.Trainer(changed, sl.Layout.parse(layout), devices=4).explain(32, 128, hardware=SMALL)
-    assert better.fits and better.peak <= 0.9 * SMALL.memory
+    assert better.fits and better.peak <= 0.75 * SMALL.memory
 
 
 def test_advice_where_nothing_helps_says_what_the_state_takes():
@@ -135,7 +135,7 @@ def test_enough_memory_needs_no_advice_and_a_tight_fit_says_so():
     assert trainer.explain(4, 64, hardware=roomy).advice == ()
     tight = trainer.explain(4, 64, hardware=dataclasses.replace(SMALL, memory=peak * 1.02))
     assert tight.fits
-    assert tight.advice[0].startswith("tight: the prediction is good to about 10%")
+    assert tight.advice[0].startswith("tight: a compiler may need 25% more than predicted")
 
 
 def test_two_reports_side_by_side():
