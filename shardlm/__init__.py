@@ -3,7 +3,7 @@
 from shardlm import data, inspect
 from shardlm.checkpoint import restore, save
 from shardlm.inspect import Report
-from shardlm.layout import Axis, Layout, LayoutError
+from shardlm.layout import Axis, Layout, LayoutError, Pipeline
 from shardlm.models import presets
 from shardlm.models.config import (
     MLP,
@@ -36,6 +36,7 @@ __all__ = [
     "Llama3Scaling",
     "NonFiniteLoss",
     "Norm",
+    "Pipeline",
     "Report",
     "ReplicatedParameterWarning",
     "Rope",

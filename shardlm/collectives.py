@@ -13,6 +13,7 @@ In `shard_map` terms an array either *varies* over an axis (each device may hold
 | `all_gather`     | A[I_X] -> A[I]             | `reduce_scatter` | (n-1)/n of the gathered A               |
 | `reduce_scatter` | A[I]{U_X} -> A[I_X]        | `all_gather`     | (n-1)/n of the unscattered A            |
 | `split`          | A[I] -> A[I_X]             | pad, all_reduce  | 0                                       |
+| `shift`          | A of device i -> i + step  | shift back       | A                                       |
 | `all_reduce_max` | max over X                 | none             | 2(n-1)/n of A                           |
 
 Sums of bfloat16 and float16 are taken in float32 and rounded once, which is better arithmetic and also what XLA's CPU
@@ -47,10 +48,10 @@ def size(axes: Axes) -> int:
     return product
 
 
-def index(axis: Axis) -> Array | int:
-    """This device's coordinate along `axis` (int32 scalar), 0 where the axis is not manual."""
-    names = active(axis)
-    return lax.axis_index(names[0]) if names else 0
+def index(axes: Axes) -> Array | int:
+    """This device's coordinate along `axes`, the first one major (int32 scalar); 0 where none is manual."""
+    names = active(axes)
+    return lax.axis_index(names) if names else 0
 
 
 def varying(x: Array) -> frozenset[str]:
@@ -105,6 +106,15 @@ def split(x: Array, axis: Axis, dim: int) -> Array:
         return x
     length = x.shape[dim] // count
     return lax.dynamic_slice_in_dim(vary(x, axis), index(axis) * length, length, dim)
+
+
+def shift(x: Array, axis: Axis, step: int) -> Array:
+    """Each device's `x` to the device `step` further along `axis`, round the ends; the transpose shifts back."""
+    names = active(axis)
+    if not names:
+        return x
+    count = size(axis)
+    return lax.ppermute(vary(x, axis), names[0], [(i, (i + step) % count) for i in range(count)])
 
 
 def zeros_like(x: Array, dtype: jnp.dtype | None = None) -> Array:

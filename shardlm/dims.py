@@ -95,7 +95,7 @@ class DimTable:
             "batch": live(Axis.DATA, Axis.FSDP, Axis.EXPERT),
             "sequence": live(Axis.CONTEXT),
             "layer": live(Axis.PIPE),
-            "vocab": tensor,
+            "vocab": live(Axis.PIPE, Axis.TENSOR),
             "embed": (),
             "head": tensor,
             "kv_head": () if whole_kv else tensor,

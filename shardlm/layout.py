@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Self
@@ -32,7 +32,6 @@ class Axis(StrEnum):
 
 
 _NOT_YET: tuple[Axis, ...] = (
-    Axis.PIPE,
     Axis.EXPERT,
     Axis.CONTEXT,
 )
@@ -41,6 +40,50 @@ _BATCH = (Axis.DATA, Axis.FSDP, Axis.EXPERT)
 
 class LayoutError(ValueError):
     """A layout that contradicts itself, the model, the batch or the devices; the message lists every conflict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """How the stages of a pipeline take turns.
+
+    Attributes:
+        schedule: "1f1b", "gpipe", or a function (stages, microbatches, chunks) -> each stage's list of operations
+            (`shardlm.parallel.pipeline`). "interleaved" and "zb-h1" can be drawn and simulated, and are not run yet.
+        microbatches: into how many parts the rows of a step are cut.
+        chunks: pieces of the model per stage; only 1 is run yet.
+
+    Raises:
+        LayoutError: a setting out of range, or not available yet.
+    """
+
+    schedule: str | Callable[..., Any] = "1f1b"
+    microbatches: int = 8
+    chunks: int = 1
+
+    def __post_init__(self):
+        problems = []
+        if isinstance(self.schedule, str) and self.schedule in ("interleaved", "zb-h1"):
+            problems.append(f"schedule={self.schedule!r} is not run yet; '1f1b' and 'gpipe' are, and functions")
+        elif self.schedule not in ("1f1b", "gpipe") and not callable(self.schedule):
+            problems.append(f"schedule={self.schedule!r} is not '1f1b' or 'gpipe', nor a function")
+        for name in ("microbatches", "chunks"):
+            if not _is_int(value := getattr(self, name)) or value < 1:
+                problems.append(f"{name}={value!r} is not a positive integer")
+        if self.chunks != 1 and not problems:
+            problems.append(f"chunks={self.chunks}: several chunks per stage are not available yet; use chunks=1")
+        _raise("this pipeline cannot be", problems)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The pipeline that "1f1b:8" describes: a schedule and, after a colon, the number of microbatches."""
+        schedule, _, count = text.partition(":")
+        if count and not count.isdecimal():
+            raise LayoutError(f"pipeline={text!r}: after the colon goes the number of microbatches, as in 1f1b:8")
+        return cls(schedule=schedule, **({"microbatches": int(count)} if count else {}))
+
+    def __str__(self) -> str:
+        name = self.schedule if isinstance(self.schedule, str) else getattr(self.schedule, "__name__", "own")
+        return f"{name}:{self.microbatches}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +104,8 @@ class Layout:
         reduce_gradients: when gradients are summed over the batch axes: "layer" is inside the backward pass, layer by
             layer (it can overlap with computation), "step" is once after it. None is "layer" without accumulation and
             "step" with it; `gradient_reduction` is what it comes to.
+
+        pipeline: how the stages of `pipe` take turns; default `Pipeline()` where there are several.
 
     One size may be -1: it is filled from the number of devices.
 
@@ -83,6 +128,7 @@ class Layout:
     accumulate: int = 1
     remat: str = "none"
     reduce_gradients: str | None = None
+    pipeline: Pipeline | None = None
 
     def __post_init__(self):
         problems = []
@@ -112,7 +158,10 @@ class Layout:
             problems.append(
                 f"reduce_gradients={self.reduce_gradients!r} is not one of {_legal(REDUCE_GRADIENTS)}, or None"
             )
+        problems += self._pipeline_problems()
         _raise("this layout contradicts itself", problems)
+        if self.pipe != 1 and self.pipeline is None:
+            object.__setattr__(self, "pipeline", Pipeline())
         if self.zero < 3 and self.fsdp == 1:
             warnings.warn(
                 f"zero={self.zero} has no effect: it shards over the fsdp axis, and fsdp=1. "
@@ -151,6 +200,8 @@ class Layout:
                     settings[name] = int(value)
                 except ValueError:
                     problems.append(f"{item!r}: {name} takes an integer, as in {name}=2")
+            elif name == "pipeline":
+                settings[name] = Pipeline.parse(value)
             else:
                 settings[name] = value
         _raise(f"cannot read the layout {text!r}", problems)
@@ -192,7 +243,27 @@ class Layout:
     @property
     def gradient_reduction(self) -> str:
         """`reduce_gradients` with its default filled in: "layer" or "step"."""
-        return self.reduce_gradients or ("layer" if self.accumulate == 1 else "step")
+        return self.reduce_gradients or ("layer" if self.microbatches == 1 and self.pipe == 1 else "step")
+
+    @property
+    def microbatches(self) -> int:
+        """Into how many parts the rows of a step are cut, one after another: by `accumulate` or by the pipeline."""
+        return self.accumulate if self.pipeline is None else self.pipeline.microbatches
+
+    def _pipeline_problems(self) -> list[str]:
+        problems = []
+        if self.pipe == 1 and self.pipeline is not None:
+            problems.append(f"pipeline={self.pipeline} has no effect on pipe=1: set pipe to 2 or more, or leave it out")
+        if self.pipeline is not None and not isinstance(self.pipeline, Pipeline):
+            problems.append(f"pipeline={self.pipeline!r} is not a Pipeline")
+        if self.pipe != 1 and self.accumulate != 1:
+            problems.append(
+                f"accumulate={self.accumulate} with pipe={self.pipe}: a pipeline accumulates over its own "
+                f"microbatches; use pipeline=Pipeline(microbatches=...) and leave accumulate out"
+            )
+        if self.pipe != 1 and self.reduce_gradients == "layer":
+            problems.append("reduce_gradients='layer' with a pipeline, which sums gradients once, after its last tick")
+        return problems
 
     def resolve(self, num_devices: int) -> Self:
         """This layout on exactly `num_devices` devices, a size of -1 filled in.
@@ -274,6 +345,7 @@ class Layout:
             _divides("d_ff", config.d_ff, Axis.TENSOR, tensor),
             # Every zero level splits at least the optimizer state, along the embed dim.
             _divides("d_model", config.d_model, Axis.FSDP, self.fsdp),
+            _divides("num_layers", config.num_layers, Axis.PIPE, self.pipe),
         ]
         kv = config.num_kv_heads
         if kv % tensor and tensor % kv:
@@ -286,7 +358,7 @@ class Layout:
             problems.append(_divides("sequence", sequence, Axis.TENSOR, tensor))
         if batch_size is not None:
             split: dict[str, int] = {axis: getattr(self, axis) for axis in self.batch_axes}
-            split |= {"accumulate": self.accumulate}
+            split |= {"accumulate" if self.pipeline is None else "microbatches": self.microbatches}
             parts = math.prod(split.values())
             if batch_size < 1 or batch_size % parts:
                 problems.append(

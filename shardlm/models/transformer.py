@@ -120,14 +120,62 @@ class Transformer(nnx.Module):
         execution: Execution = PLAIN,
     ) -> Array:
         """The last block's output: [batch, sequence, embed], as the residual stream is. Arguments as of a call."""
-        c = self.config
+        x, dropout = self.embed(tokens, positions, dropout, execution)
+        return self.run(x, segments=segments, positions=positions, dropout=dropout, execution=execution)
+
+    def embed(
+        self, tokens: Array, positions: Array | None, dropout: Dropout | None, execution: Execution = PLAIN
+    ) -> tuple[Array, Dropout | None]:
+        """The residual stream before the first layer, and the dropout of `run`; arguments as of a call."""
+        c, dtype, split = self.config, jnp.dtype(self.config.dtype), execution.sequence_parallel
         sequence = tokens.shape[1]
         if c.max_sequence is not None and sequence > c.max_sequence:
             raise ValueError(f"a sequence of {sequence} tokens is longer than the {c.max_sequence} learned positions")
+        x = embedding.look_up(self.embedding.table[...], tokens, c.vocab_size).astype(dtype)
+        x = tensor.sum_embedding(x, split)
+        if c.embedding_scale is not None:
+            x = x * jnp.asarray(c.embedding_scale, dtype)
+        if self.positions is not None:
+            positions = jnp.arange(sequence)[None] if positions is None else positions
+            places = tensor.split_sequence(positions) if split else positions
+            rows = self.positions.table[...][places].astype(dtype)
+            known = (places >= 0) & (places < self.positions.table.shape[0])
+            x = x + jnp.where(known[..., None], rows, jnp.nan)  # as for token ids: never a wrong vector
+        dropout = self.dropout_of(dropout, execution)
+        return (x if dropout is None else dropout(x, c.num_layers, site=2)), dropout
+
+    @staticmethod
+    def dropout_of(dropout: Dropout | None, execution: Execution) -> Dropout | None:
+        """The dropout of the residual stream as `execution` splits it."""
+        if dropout is None or not execution.sequence_parallel:
+            return dropout
+        columns = tensor.split_sequence(dropout.columns[None])[0]
+        return Dropout(dropout.rate, dropout.key, dropout.rows, columns)
+
+    def run(
+        self,
+        x: Array,
+        *,
+        segments: Array | None,
+        positions: Array | None,
+        dropout: Dropout | None,
+        execution: Execution = PLAIN,
+        layers: Array | None = None,
+    ) -> Array:
+        """The layers held here, one after another: x[batch, sequence, embed], as the residual stream is, to the same.
+
+        Args:
+            x: of `embed`, or of the layers before.
+            segments, positions: as of a call.
+            dropout: of `dropout_of`.
+            execution: see there.
+            layers: int32[layers held], which of the model's they are; None: all, in order.
+        """
+        c = self.config
+        # Whole along the sequence, also where the residual stream is split: attention sees all of it.
+        sequence = x.shape[1] * (tensor.parts() if execution.sequence_parallel else 1)
         places = jnp.arange(sequence)
         positions = places[None] if positions is None else positions
-        x, dropout = self._embed(tokens, positions, dropout, execution)
-
         windowed = any(w is not None for w in c.windows)
         rotary = self._rotations(positions, x.dtype)
         uniform = len(set(c.windows)) == 1  # the same in every layer: a constant, which fused attention kernels need
@@ -147,33 +195,15 @@ class Transformer(nnx.Module):
             "window": jnp.array([far if w is None else w for w in c.windows], jnp.int32),
             "local": jnp.array([w is not None for w in c.windows]),
         }
+        if layers is not None:
+            per_layer = {name: table[layers] for name, table in per_layer.items()}
         return scan_layers(self.layers, x, apply, per_layer, execution)
 
     def logits(self, x: Array) -> Array:
         """`hidden`'s result to logits over the padded vocabulary, or over the part of it that this device holds."""
-        h = tensor.enter(self.final_norm(x))
+        h = tensor.enter_head(self.final_norm(x))
         table = self.embedding if self.head is None else self.head
         return embedding.logits(table.table[...], h, self.config)
-
-    def _embed(self, tokens: Array, positions: Array, dropout: Dropout | None, execution: Execution):
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
-        x = embedding.look_up(self.embedding.table[...], tokens, c.vocab_size).astype(dtype)
-        split = execution.sequence_parallel
-        x = tensor.leave_split(x) if split else tensor.all_reduce(x)
-        if c.embedding_scale is not None:
-            x = x * jnp.asarray(c.embedding_scale, dtype)
-        if self.positions is not None:
-            places = tensor.split_sequence(positions) if split else positions
-            rows = self.positions.table[...][places].astype(dtype)
-            known = (places >= 0) & (places < self.positions.table.shape[0])
-            x = x + jnp.where(known[..., None], rows, jnp.nan)  # as for token ids: never a wrong vector
-        if dropout is not None:
-            if split:
-                dropout = Dropout(
-                    dropout.rate, dropout.key, dropout.rows, tensor.split_sequence(dropout.columns[None])[0]
-                )
-            x = dropout(x, c.num_layers, site=2)
-        return x, dropout
 
     def _rotations(self, positions: Array, dtype: Any) -> list[tuple[Array, Array]]:
         """The rotation of every layer, or of the layers (with a window, without one) where these differ."""

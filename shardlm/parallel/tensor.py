@@ -12,7 +12,8 @@ parallelism, split along its sequence. A branch (attention, MLP) works on its ow
 is split is read off the stream itself: it varies over the tensor axis exactly when it is. In plain and auto mode all
 is identity.
 
-The vocabulary is split too: rows of the embedding table, and so columns of the logits. Shapes here are per device.
+The vocabulary is split too, over the stages of a pipeline as well (arXiv:2411.05288): rows of the embedding table, and
+so columns of the logits. Shapes here are per device.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,12 @@ from shardlm import collectives
 from shardlm.layout import Axis
 
 SEQUENCE = 1  # the dim of the sequence in [batch, sequence, embed]
+VOCABULARY = (Axis.PIPE, Axis.TENSOR)  # the axes that split the vocabulary, the first one major
+
+
+def parts() -> int:
+    """Into how many parts the tensor axis splits here."""
+    return collectives.size(Axis.TENSOR)
 
 
 def is_split(x: Array) -> bool:
@@ -51,6 +58,16 @@ def leave_split(y: Array) -> Array:
 def all_reduce(y: Array) -> Array:
     """Sum partial results into a residual stream that every device holds whole: y[b, s, e]{U_T} -> [b, s, e]."""
     return collectives.all_reduce(y, Axis.TENSOR)
+
+
+def sum_embedding(x: Array, split: bool) -> Array:
+    """Sum partial embeddings x[b, s, e]{U_T} into a residual stream, whole or `split` along its sequence."""
+    return collectives.all_reduce(leave_split(x), Axis.PIPE) if split else collectives.all_reduce(x, VOCABULARY)
+
+
+def enter_head(x: Array) -> Array:
+    """`enter`, for a product with columns that are split over the stages of a pipeline too."""
+    return collectives.vary(enter(x), Axis.PIPE)
 
 
 def split_sequence(x: Array) -> Array:
@@ -81,7 +98,7 @@ def embed(table: Array, ids: Array) -> Array:
 
     Each device looks up the ids it holds and gives zeros for the others, so the sum over the axis is exact.
     """
-    local = ids - collectives.index(Axis.TENSOR) * table.shape[0]
+    local = ids - collectives.index(VOCABULARY) * table.shape[0]
     held = (local >= 0) & (local < table.shape[0])
     rows = jnp.take(table, jnp.where(held, local, 0), axis=0)
     return jnp.where(held[..., None], rows, 0)
@@ -89,7 +106,7 @@ def embed(table: Array, ids: Array) -> Array:
 
 def vocabulary_ids(held: int) -> Array:
     """The token ids of the `held` logits that this device computes: int32[held]."""
-    return collectives.index(Axis.TENSOR) * held + jnp.arange(held)
+    return collectives.index(VOCABULARY) * held + jnp.arange(held)
 
 
 def cross_entropy(logits: Array, targets: Array) -> Array:
@@ -105,14 +122,14 @@ def cross_entropy(logits: Array, targets: Array) -> Array:
     Returns:
         float32[b, s], the same on every device of the tensor axis.
     """
-    peak = collectives.all_reduce_max(lax.stop_gradient(logits.max(axis=-1)), Axis.TENSOR)
+    peak = collectives.all_reduce_max(lax.stop_gradient(logits.max(axis=-1)), VOCABULARY)
     shifted = logits - peak[..., None]
-    total = collectives.all_reduce(jnp.exp(shifted).sum(axis=-1), Axis.TENSOR)
-    local = targets - collectives.index(Axis.TENSOR) * logits.shape[-1]
+    total = collectives.all_reduce(jnp.exp(shifted).sum(axis=-1), VOCABULARY)
+    local = targets - collectives.index(VOCABULARY) * logits.shape[-1]
     held = (local >= 0) & (local < logits.shape[-1])
     at_target = jnp.take_along_axis(shifted, jnp.where(held, local, 0)[..., None], axis=-1)[..., 0]
     # Padding is minus infinity, and 0 * inf is not 0: select, do not multiply.
-    return jnp.log(total) - collectives.all_reduce(jnp.where(held, at_target, 0), Axis.TENSOR)
+    return jnp.log(total) - collectives.all_reduce(jnp.where(held, at_target, 0), VOCABULARY)
 
 
 def in_branch(dims: Sequence[str | None]) -> bool:

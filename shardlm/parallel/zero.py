@@ -83,7 +83,8 @@ def plan(split: Split, layout: Layout, dtype: str) -> Plan:
     dtype_moved = dtype if split.path.endswith("/kernel") else None
     at_once = layout.gradient_reduction == "step"
     gathers = bool(split.zero_axes) and (layout.zero == 3 or (layout.zero == 2 and at_once))
-    per_use = matrix and bool(axes) and (gathers or not at_once)
+    # In a pipeline everything is gathered before the first tick, and summed after the last.
+    per_use = matrix and bool(axes) and (gathers or not at_once) and layout.pipe == 1
     result = Plan(split, axes, per_use, (), dtype_moved)
     return dataclasses.replace(result, late=result.summed) if per_use and at_once else result
 

@@ -28,6 +28,7 @@ from shardlm.models.dropout import Dropout
 from shardlm.models.stack import Execution
 from shardlm.models.transformer import Transformer, parameter_dims
 from shardlm.parallel import tensor, zero
+from shardlm.train import pipelined
 from shardlm.train.loss import loss_sum
 
 Parameters = dict[str, Any]
@@ -271,7 +272,10 @@ def _manual_step(plan: Plan, parameters: dict[str, Array], batch: dict[str, Arra
 
     def local(stored: dict[str, Array], batch: dict[str, Array], key: Array):
         ready, begun = _prepare(plan, stored)
-        total, grads = _accumulate(plan, ready, begun, batch, key)
+        if plan.layout.pipe > 1:
+            total, grads = pipelined.accumulate(plan.config, plan.layout, ready, begun, batch, key)
+        else:
+            total, grads = _accumulate(plan, ready, begun, batch, key)
         with jax.named_scope("backward"):
             grads = {path: zero.finish(g, plans[path]) for path, g in grads.items()}
         weight = collectives.all_reduce(batch["weights"].sum(), _BATCH_AXES)

@@ -34,6 +34,11 @@ def loss_sum(
         dropout=dropout,
         execution=execution,
     )
+    return nll_sum(model, hidden, batch)
+
+
+def nll_sum(model: Transformer, hidden: Array, batch: Mapping[str, Array]) -> Array:
+    """`loss_sum` from the last layer's output on."""
     targets = batch["targets"]
     nll = tensor.cross_entropy(model.logits(hidden), targets)
     nll = jnp.where((targets >= 0) & (targets < model.config.vocab_size), nll, jnp.nan)

@@ -52,8 +52,9 @@ class TransformerProgram:
                 f"dtype={config.dtype!r}, param_dtype={config.param_dtype!r}: JAX computes in float64 only after "
                 'jax.config.update("jax_enable_x64", True)'
             )
-        if config.padded_vocab_size % layout.tensor:
-            config = dataclasses.replace(config, vocab_multiple=math.lcm(config.vocab_multiple, layout.tensor))
+        parts = layout.pipe * layout.tensor
+        if config.padded_vocab_size % parts:
+            config = dataclasses.replace(config, vocab_multiple=math.lcm(config.vocab_multiple, parts))
         plan = Plan.of(config, layout, mesh_on(layout, devices))
         return cls(plan, engine, NamedSharding(plan.mesh, plan.batch_spec()))
 

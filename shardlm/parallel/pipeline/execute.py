@@ -1,0 +1,216 @@
+"""One program for every table: a scan over its ticks, inside the fully manual region; shapes are per device.
+
+Each device holds the layers of its stage. The embedding and the head belong to no stage: their vocabulary is split over
+the stages, and all compute them together (arXiv:2411.05288). What a tick does, in which order, is in `table.py`; here
+each step of it is one function of the carry.
+
+Whether a tick has a forward, a backward, a head is the same for all devices, so those are branches; what a stage
+without work computes in such a tick is masked. Receive buffers and the stash of inputs have as many slots as the table
+says, whatever the number of microbatches. Backward makes the stage's forward again from its stashed input. Gradients
+are summed in float32 over the microbatches, and over devices by whoever called.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from shardlm import collectives
+from shardlm.layout import Axis
+from shardlm.parallel.pipeline.table import PER_STAGE, Table
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model as the executor needs it; `microbatch` is an int32 scalar, the number of a microbatch.
+
+    Attributes:
+        embed: (outer, microbatch) -> x, the residual stream before the first layer; all stages together.
+        layers: (inner, x, microbatch) -> x after the layers of this stage.
+        head: (outer, x, microbatch) -> sum of losses; all stages together, on the same x.
+        outer: parameters of the embedding and the head.
+        inner: parameters of this stage's layers.
+        like: what x looks like: its shape, dtype and the axes over which it varies, `pipe` among them.
+    """
+
+    embed: Callable[[Tree, Array], Array]
+    layers: Callable[[Tree, Array, Array], Array]
+    head: Callable[[Tree, Array, Array], Array]
+    outer: Tree
+    inner: Tree
+    like: Array
+
+
+class _Carry(NamedTuple):
+    """What goes from tick to tick.
+
+    Attributes:
+        activations, gradients: receive buffers [slots, *x].
+        stash: inputs of the stage that wait for their backward [slots, *x].
+        loss: the sum so far.
+        outer, inner: sums of gradients.
+    """
+
+    activations: Array
+    gradients: Array
+    stash: Array
+    loss: Array
+    outer: Tree
+    inner: Tree
+
+
+def execute(model: Model, table: Table, loss: Array) -> tuple[Array, Tree, Tree]:
+    """Sum of losses over all microbatches, and its gradients in at least float32.
+
+    Args:
+        model: see there.
+        table: a validated table of as many stages as the pipe axis has; one chunk, whole backwards.
+        loss: zero, of the dtype of the sum, varying as losses do.
+
+    Returns:
+        The sum, the same on all stages; gradients of `outer` and `inner`.
+    """
+    assert table.stages == collectives.size(Axis.PIPE) and table.chunks == 1 and not table.split
+    stage = collectives.index(Axis.PIPE)
+
+    def slots(count: int) -> Array:
+        return jnp.stack([jnp.zeros_like(model.like)] * max(count, 1))
+
+    wide = partial(jax.tree.map, lambda x: collectives.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)))
+    start = _Carry(
+        activations=slots(table.activation_slots),
+        gradients=slots(table.gradient_slots),
+        stash=slots(table.stash_slots),
+        loss=loss,
+        outer=wide(model.outer),
+        inner=wide(model.inner),
+    )
+
+    def tick(carry: _Carry, row: dict[str, Array]) -> tuple[_Carry, None]:
+        row = row | {name: row[name][stage] for name in PER_STAGE}
+        return _Tick(model, row, table.stages).run(carry), None
+
+    rows = {name: jnp.asarray(array) for name, array in table.rows().items()}
+    end, _ = lax.scan(tick, start, rows)
+    return end.loss, end.outer, end.inner
+
+
+@dataclass(frozen=True)
+class _Tick:
+    """One tick of one stage; `row` is the table's, of this stage where it has one for each."""
+
+    model: Model
+    row: dict[str, Array]
+    stages: int
+
+    def run(self, carry: _Carry) -> _Carry:
+        """All of a tick, in the order of `table.py`."""
+        nothing = jnp.zeros_like(self.model.like)
+        # One after another, so that all devices communicate in one order: where few threads play many devices, as on a
+        # CPU, two collectives at once can wait for each other's threads for ever.
+        carry, back = self._if("has_backward", self._backward, (carry, nothing))
+        carry, seen = self._if("embed_gradient_microbatch", partial(self._embed_backward, back), (carry, back))
+        embedded = self._if("embed_microbatch", self._embed, self._after((carry.outer, seen), nothing))
+        carry = carry._replace(stash=self._after(embedded, carry.stash))
+        carry, out = self._if("has_forward", partial(self._forward, embedded), (carry, nothing))
+        carry = self._if("head_microbatch", partial(self._head, out), carry)
+        out = self._after((carry.outer, carry.gradients), out)
+        arrived = self._if("sends_activation", partial(self._send, out, 1), nothing)
+        back = self._after(arrived, back)
+        returned = self._if("sends_gradient", partial(self._send, back, -1), nothing)
+        return carry._replace(
+            activations=_write(carry.activations, self.row["activation_arrival"], arrived),
+            gradients=_write(carry.gradients, self.row["gradient_arrival"], returned),
+        )
+
+    def _after(self, done: Tree, x: Array) -> Array:
+        """`x`, which is there once everything in `done` is, and no compiler knows that it could be earlier."""
+        axes = tuple(Axis(name) for name in collectives.varying(x))
+        leaves = [leaf for leaf in jax.tree.leaves(done) if collectives.varying(leaf) <= collectives.varying(x)]
+        marks = [collectives.mark_varying(leaf.ravel()[0], axes).astype(x.dtype) for leaf in leaves]
+        never = collectives.index(Axis.PIPE) > self.stages
+        return jnp.where(never, sum(marks), x)
+
+    def _if(self, what: str, function: Callable[[Any], Any], otherwise: Any) -> Any:
+        """`function(otherwise)` in ticks that have `what`; a branch that all devices take together."""
+        flag = self.row[what]
+        return lax.cond(flag if flag.dtype == jnp.bool_ else flag >= 0, function, lambda same: same, otherwise)
+
+    def _backward(self, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
+        carry, _ = given
+        number = self.row["backward_microbatch"]
+        x, gradient = _read(carry.stash, self.row["backward_stash"]), _read(carry.gradients, self.row["backward_read"])
+        again = lambda inner, x: self.model.layers(inner, x, jnp.maximum(number, 0))  # noqa: E731
+        with jax.named_scope("rematted_computation"):
+            _, transpose = jax.vjp(again, self.model.inner, x)
+        inner, back = transpose(gradient)
+        return carry._replace(inner=_add(carry.inner, inner, number >= 0)), _mask(number >= 0, back)
+
+    def _embed_backward(self, back: Array, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
+        carry, _ = given
+        number = self.row["embed_gradient_microbatch"]
+        gradient = self._broadcast(back, 0)
+        embed = lambda outer: self.model.embed(outer, number)  # noqa: E731
+        with jax.named_scope("backward"):
+            _, transpose = jax.vjp(embed, self.model.outer)
+            (outer,) = transpose(gradient)
+        return carry._replace(outer=_add(carry.outer, outer)), collectives.mark_varying(gradient, Axis.PIPE)
+
+    def _embed(self, nothing: Array) -> Array:
+        x = self.model.embed(self.model.outer, self.row["embed_microbatch"])
+        return collectives.mark_varying(x, Axis.PIPE)
+
+    def _forward(self, embedded: Array, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
+        carry, _ = given
+        number, read = self.row["forward_microbatch"], self.row["forward_read"]
+        x = jnp.where(read >= 0, _read(carry.activations, read), embedded)
+        y = self.model.layers(self.model.inner, x, jnp.maximum(number, 0))
+        return carry._replace(stash=_write(carry.stash, self.row["forward_stash"], x)), y
+
+    def _head(self, out: Array, carry: _Carry) -> _Carry:
+        number = self.row["head_microbatch"]
+        x = self._broadcast(out, self.stages - 1)
+        head = lambda outer, x: self.model.head(outer, x, number)  # noqa: E731
+        loss, transpose = jax.vjp(head, self.model.outer, x)
+        outer, gradient = transpose(jnp.ones_like(loss))
+        slot = jnp.where(collectives.index(Axis.PIPE) == self.stages - 1, self.row["head_write"], -1)
+        gradient = collectives.mark_varying(gradient, Axis.PIPE)
+        return carry._replace(
+            loss=carry.loss + loss,
+            outer=_add(carry.outer, outer),
+            gradients=_write(carry.gradients, slot, gradient),
+        )
+
+    def _send(self, x: Array, step: int, nothing: Array) -> Array:
+        return collectives.shift(x, Axis.PIPE, step)
+
+    def _broadcast(self, x: Array, stage: int) -> Array:
+        """What one stage has, on all of them."""
+        return collectives.all_reduce(_mask(collectives.index(Axis.PIPE) == stage, x), Axis.PIPE)
+
+
+def _read(buffer: Array, slot: Array) -> Array:
+    return lax.dynamic_index_in_dim(buffer, jnp.maximum(slot, 0), keepdims=False)
+
+
+def _write(buffer: Array, slot: Array, value: Array) -> Array:
+    """The buffer with `value` in `slot`; -1 writes nothing."""
+    value = jnp.where(slot >= 0, value, _read(buffer, slot))
+    return lax.dynamic_update_index_in_dim(buffer, value, jnp.maximum(slot, 0), 0)
+
+
+def _mask(flag: Array, x: Array) -> Array:
+    return jnp.where(flag, x, jnp.zeros_like(x))
+
+
+def _add(sums: Tree, more: Tree, flag: Array | None = None) -> Tree:
+    def add(total: Array, x: Array) -> Array:
+        return total + (x if flag is None else _mask(flag, x)).astype(total.dtype)
+
+    return jax.tree.map(add, sums, more)
