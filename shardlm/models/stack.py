@@ -1,5 +1,6 @@
 """Running a stack of equal layers: one scan over their stacked parameters, and what the caller may change about it."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,10 @@ class Execution:
     prepare: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None
     beside: Any = None
     layers: Array | None = None
+
+    def stopping(self, layers: Array) -> "Execution":
+        """The same, stopping after so many layers."""
+        return dataclasses.replace(self, layers=layers)
 
 
 PLAIN = Execution()

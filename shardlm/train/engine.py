@@ -8,7 +8,6 @@ makes it an
   independent check.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,7 @@ from shardlm.models.stack import Execution
 from shardlm.models.transformer import Transformer, parameter_dims
 from shardlm.parallel import tensor, zero
 from shardlm.train import pipelined
-from shardlm.train.loss import loss_sum
+from shardlm.train.loss import loss_sum, nll_sum
 
 Parameters = dict[str, Any]
 """A nested dict of arrays: the model's parameters, or their gradients."""
@@ -126,8 +125,7 @@ def evaluate(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, Array]]
 
     def local(parameters: dict[str, Array], batch: dict[str, Array]) -> tuple[Array, Array]:
         ready, begun = _prepare(plan, parameters)
-        model, execution = ready(begun)
-        total = loss_sum(model, batch, execution=execution)
+        total = nll_sum(ready(begun)[0], _hidden(plan, ready, begun, batch), batch)
         return collectives.all_reduce(total, _BATCH_AXES), collectives.all_reduce(batch["weights"].sum(), _BATCH_AXES)
 
     def function(parameters: Parameters, batch: dict[str, Array]) -> tuple[Array, Array]:
@@ -144,8 +142,7 @@ def logits(plan: Plan) -> Callable[[Parameters, Array], Array]:
 
     def local(parameters: dict[str, Array], batch: dict[str, Array]) -> Array:
         ready, begun = _prepare(plan, parameters)
-        model, execution = ready(begun)
-        return model.logits(model.hidden(batch["tokens"], execution=execution))
+        return ready(begun)[0].logits(_hidden(plan, ready, begun, batch))
 
     batch_axes, vocab = plan.table.activation("batch"), plan.table.rules["vocab"]
     spec = PartitionSpec(*(batch_axes or (None,)), None, vocab or None)
@@ -165,21 +162,13 @@ def forward(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, Array], 
     places from which dropout masks are drawn.
     """
 
-    def run(model: Transformer, execution: Execution, batch: dict[str, Array], key: Array, layers: Array):
-        rate = plan.config.dropout
-        hidden = model.hidden(
-            batch["tokens"],
-            segments=batch.get("segments"),
-            positions=batch.get("positions"),
-            dropout=Dropout(rate, key, batch["rows"], batch["columns"]) if rate else None,
-            execution=dataclasses.replace(execution, layers=layers),
-        )
+    def run(ready: Ready, begun: dict[str, Array], batch: dict[str, Array], key: Array, layers: Array):
+        model, hidden = ready(begun)[0], _hidden(plan, ready, begun, batch, key, layers, piped=engine == "manual")
         logits = model.logits(hidden)
         return {"hidden": hidden, "logits": logits, "nll": tensor.cross_entropy(logits, batch["targets"])}
 
     def local(parameters: dict[str, Array], batch: dict[str, Array], key: Array, layers: Array) -> dict[str, Array]:
-        ready, begun = _prepare(plan, parameters)
-        return run(*ready(begun), batch, key, layers)
+        return run(*_prepare(plan, parameters), batch, key, layers)
 
     rules = plan.table.rules
     sequence = rules["sequence"] + ((str(Axis.TENSOR),) if plan.layout.sequence_parallel else ())
@@ -192,7 +181,7 @@ def forward(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, Array], 
     def function(parameters: Parameters, batch: dict[str, Array], key: Array, layers: Array) -> dict[str, Array]:
         batch = _with_places(batch) | batch
         if engine == "auto":
-            return run(merge(plan.graph, parameters), Execution(remat=plan.layout.remat), batch, key, layers)
+            return run(_plainly(plan), flatten(parameters), batch, key, layers)
         extra = (PartitionSpec(), PartitionSpec())
         return _manual(plan, local, batch, specs, *extra)(flatten(parameters), batch, key, layers)
 
@@ -286,12 +275,36 @@ def _manual_step(plan: Plan, parameters: dict[str, Array], batch: dict[str, Arra
 
 
 def _auto_step(plan: Plan, parameters: dict[str, Array], batch: dict[str, Array], key: Array):
-    def ready(parameters: dict[str, Array]) -> tuple[Transformer, Execution]:
-        return merge(plan.graph, unflatten(parameters)), Execution(remat=plan.layout.remat)
-
-    total, grads = _accumulate(plan, ready, parameters, batch, key)
+    total, grads = _accumulate(plan, _plainly(plan), parameters, batch, key)
     shardings = {path: NamedSharding(plan.mesh, split.sharded) for path, split in plan.splits.items()}
     return total, batch["weights"].sum(), jax.lax.with_sharding_constraint(grads, shardings)
+
+
+def _plainly(plan: Plan) -> Ready:
+    return lambda parameters: (merge(plan.graph, unflatten(parameters)), Execution(remat=plan.layout.remat))
+
+
+def _hidden(
+    plan: Plan,
+    ready: Ready,
+    begun: dict[str, Array],
+    batch: dict[str, Array],
+    key: Array | None = None,
+    layers: Array | None = None,
+    piped: bool = True,
+) -> Array:
+    """The last layer's output, or that after `layers` of them, with the dropout of `key`."""
+    if piped and plan.layout.pipe > 1:
+        return pipelined.hidden(plan.config, plan.layout, ready, begun, batch, key, layers)
+    model, execution = ready(begun)
+    rate = plan.config.dropout
+    return model.hidden(
+        batch["tokens"],
+        segments=batch.get("segments"),
+        positions=batch.get("positions"),
+        dropout=Dropout(rate, key, batch["rows"], batch["columns"]) if rate and key is not None else None,
+        execution=execution if layers is None else execution.stopping(layers),
+    )
 
 
 def _accumulate(

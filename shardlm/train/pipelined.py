@@ -1,4 +1,4 @@
-"""Loss and gradients of our Transformer over the stages of a pipeline: what `engine` does without one."""
+"""Our Transformer over the stages of a pipeline: what `engine` does without one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from shardlm.models.dropout import Dropout
 from shardlm.models.stack import Execution
 from shardlm.models.transformer import Transformer
 from shardlm.parallel import tensor
-from shardlm.parallel.pipeline import execute
+from shardlm.parallel.pipeline.execute import Model, execute, forward
 from shardlm.parallel.pipeline.ticks import make_table
 from shardlm.train.loss import nll_sum
 
@@ -22,6 +22,7 @@ Build = Callable[[dict[str, Array]], tuple[Transformer, Execution]]
 """From parameters, the model with those that it computes with, and how to run it."""
 
 _LAYERS = "layers/"
+_BATCH_AXES = (Axis.DATA, Axis.FSDP, Axis.EXPERT, Axis.CONTEXT)
 
 
 def accumulate(
@@ -43,18 +44,58 @@ def accumulate(
     """
     pipeline = layout.pipeline
     assert pipeline is not None
+    model = _model(config, layout, ready, parameters, batch, key, pipeline.microbatches, None)
+    table = make_table(pipeline.schedule, layout.pipe, pipeline.microbatches, pipeline.chunks)
+    start = collectives.mark_varying(jnp.zeros((), jnp.promote_types(config.dtype, jnp.float32)), _BATCH_AXES)
+    total, outer, inner = execute(model, table, start)
+    return total, outer | inner
+
+
+def hidden(
+    config: TransformerConfig,
+    layout: Layout,
+    ready: Build,
+    parameters: dict[str, Array],
+    batch: dict[str, Array],
+    key: Array | None,
+    layers: Array | None,
+) -> Array:
+    """The last layer's output [batch, sequence, embed], the same on all stages; arguments as of `accumulate`.
+
+    Args:
+        key: of the dropout masks; None for no dropout.
+        layers: stop after so many layers of the model; None runs all.
+    """
+    assert layout.pipeline is not None
+    rows = batch["tokens"].shape[0]
+    count = max(n for n in range(1, layout.pipeline.microbatches + 1) if rows % n == 0)
+    model = _model(config, layout, ready, parameters, batch, key, count, layers)
+    parts = forward(model, layout.pipe, count)
+    return parts.swapaxes(0, 1).reshape(rows, *parts.shape[2:])
+
+
+def _model(
+    config: TransformerConfig,
+    layout: Layout,
+    ready: Build,
+    parameters: dict[str, Array],
+    batch: dict[str, Array],
+    key: Array | None,
+    count: int,
+    stop: Array | None,
+) -> Model:
+    """The model as the executor needs it, on `count` microbatches; microbatch k takes every count-th row."""
     outer = {path: x for path, x in parameters.items() if not path.startswith(_LAYERS)}
     inner = {path: x for path, x in parameters.items() if path.startswith(_LAYERS)}
-    columns = batch["columns"]
     rowwise = {name: x for name, x in batch.items() if name != "columns"}
-    count = pipeline.microbatches
     microbatches = {name: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for name, x in rowwise.items()}
     held = config.num_layers // layout.pipe
-    ids = collectives.index(Axis.PIPE) * held + jnp.arange(held)
+    first = collectives.index(Axis.PIPE) * held
 
     def of(number: Array) -> tuple[dict[str, Array], Dropout | None]:
         one = {name: jax.lax.dynamic_index_in_dim(x, number, keepdims=False) for name, x in microbatches.items()}
-        return one, Dropout(config.dropout, key, one["rows"], columns) if config.dropout else None
+        dropped = config.dropout and key is not None
+        return one, Dropout(config.dropout, key, one["rows"], batch["columns"]) if dropped else None
 
     def embed(outer: Any, number: Array) -> Array:
         (model, execution), (one, dropout) = ready(outer | inner), of(number)
@@ -67,8 +108,8 @@ def accumulate(
             segments=one.get("segments"),
             positions=one.get("positions"),
             dropout=model.dropout_of(dropout, execution),
-            execution=execution,
-            layers=ids,
+            execution=execution if stop is None else execution.stopping(stop - first),
+            layers=first + jnp.arange(held),
         )
 
     def head(outer: Any, x: Array, number: Array) -> Array:
@@ -76,12 +117,7 @@ def accumulate(
         return nll_sum(model, x, one)
 
     rows, sequence = microbatches["tokens"].shape[1:]
-    split = tensor.parts() if layout.sequence_parallel else 1
-    like = jnp.zeros((rows, sequence // split, config.d_model), config.dtype)
-    axes = (Axis.PIPE, Axis.DATA, Axis.FSDP, Axis.EXPERT, Axis.CONTEXT)
-    like = collectives.mark_varying(like, axes + ((Axis.TENSOR,) if layout.sequence_parallel else ()))
-    start = collectives.mark_varying(jnp.zeros((), jnp.promote_types(config.dtype, jnp.float32)), axes[1:])
-    table = make_table(pipeline.schedule, layout.pipe, count, pipeline.chunks)
-    model = execute.Model(embed, layers, head, outer, inner, like)
-    total, outer_sums, inner_sums = execute.execute(model, table, start)
-    return total, outer_sums | inner_sums
+    split = layout.sequence_parallel
+    like = jnp.zeros((rows, sequence // (tensor.parts() if split else 1), config.d_model), config.dtype)
+    like = collectives.mark_varying(like, (Axis.PIPE, *_BATCH_AXES, *((Axis.TENSOR,) if split else ())))
+    return Model(embed, layers, head, outer, inner, like)

@@ -30,7 +30,7 @@ def random_batch(config: TransformerConfig, layout: Layout, seed: int) -> dict[s
     length = -(-_LENGTH // unit) * unit
     if config.max_sequence is not None and length > config.max_sequence:
         length = max(config.max_sequence // unit, 1) * unit
-    parts = layout.batch_shards * layout.accumulate
+    parts = layout.batch_shards * layout.microbatches
     shape = (max(-(-_ROWS // parts), 2) * parts, length)
     weights = random.random(shape).astype(np.float32) * (random.random(shape) > 0.3)
     weights[:, -1] += 0.5  # no row, and so no device's part, without any

@@ -101,6 +101,25 @@ def execute(model: Model, table: Table, loss: Array) -> tuple[Array, Tree, Tree]
     return end.loss, end.outer, end.inner
 
 
+def forward(model: Model, stages: int, microbatches: int) -> Array:
+    """What the last stage gives for each microbatch, on all stages: [microbatches, *x]; for use without gradients.
+
+    Microbatch i is at stage s in tick i + s, so there are microbatches + stages - 1 ticks.
+    """
+    stage = collectives.index(Axis.PIPE)
+
+    def tick(received: Array, now: Array) -> tuple[Array, Array]:
+        first = model.embed(model.outer, jnp.minimum(now, microbatches - 1))
+        x = jnp.where(stage == 0, collectives.mark_varying(first, Axis.PIPE), received)
+        out = model.layers(model.inner, x, jnp.clip(now - stage, 0, microbatches - 1))
+        last = collectives.all_reduce(_mask(stage == stages - 1, out), Axis.PIPE)
+        out = jnp.where(stage > stages, last, out)  # never; all devices communicate in one order, as in a step
+        return collectives.shift(out, Axis.PIPE, 1), last
+
+    _, results = lax.scan(tick, model.like, jnp.arange(microbatches + stages - 1))
+    return results[stages - 1 :]
+
+
 @dataclass(frozen=True)
 class _Tick:
     """One tick of one stage; `row` is the table's, of this stage where it has one for each."""
