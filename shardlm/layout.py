@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Self
@@ -16,7 +16,9 @@ from typing import Any, Self
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from shardlm._errors import LayoutError, is_int, raise_all
 from shardlm._layout_table import REDUCE_GRADIENTS, REMAT, ZERO, as_html, as_text
+from shardlm._pipeline import Pipeline
 from shardlm._placement import place
 
 
@@ -36,54 +38,6 @@ _NOT_YET: tuple[Axis, ...] = (
     Axis.CONTEXT,
 )
 _BATCH = (Axis.DATA, Axis.FSDP, Axis.EXPERT)
-
-
-class LayoutError(ValueError):
-    """A layout that contradicts itself, the model, the batch or the devices; the message lists every conflict."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pipeline:
-    """How the stages of a pipeline take turns.
-
-    Attributes:
-        schedule: "1f1b", "gpipe", or a function (stages, microbatches, chunks) -> each stage's list of operations
-            (`shardlm.parallel.pipeline`). "interleaved" and "zb-h1" can be drawn and simulated, and are not run yet.
-        microbatches: into how many parts the rows of a step are cut.
-        chunks: pieces of the model per stage; only 1 is run yet.
-
-    Raises:
-        LayoutError: a setting out of range, or not available yet.
-    """
-
-    schedule: str | Callable[..., Any] = "1f1b"
-    microbatches: int = 8
-    chunks: int = 1
-
-    def __post_init__(self):
-        problems = []
-        if isinstance(self.schedule, str) and self.schedule in ("interleaved", "zb-h1"):
-            problems.append(f"schedule={self.schedule!r} is not run yet; '1f1b' and 'gpipe' are, and functions")
-        elif self.schedule not in ("1f1b", "gpipe") and not callable(self.schedule):
-            problems.append(f"schedule={self.schedule!r} is not '1f1b' or 'gpipe', nor a function")
-        for name in ("microbatches", "chunks"):
-            if not _is_int(value := getattr(self, name)) or value < 1:
-                problems.append(f"{name}={value!r} is not a positive integer")
-        if self.chunks != 1 and not problems:
-            problems.append(f"chunks={self.chunks}: several chunks per stage are not available yet; use chunks=1")
-        _raise("this pipeline cannot be", problems)
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """The pipeline that "1f1b:8" describes: a schedule and, after a colon, the number of microbatches."""
-        schedule, _, count = text.partition(":")
-        if count and not count.isdecimal():
-            raise LayoutError(f"pipeline={text!r}: after the colon goes the number of microbatches, as in 1f1b:8")
-        return cls(schedule=schedule, **({"microbatches": int(count)} if count else {}))
-
-    def __str__(self) -> str:
-        name = self.schedule if isinstance(self.schedule, str) else getattr(self.schedule, "__name__", "own")
-        return f"{name}:{self.microbatches}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +87,7 @@ class Layout:
     def __post_init__(self):
         problems = []
         for axis, size in self.sizes.items():
-            if not _is_int(size) or (size < 1 and size != -1):
+            if not is_int(size) or (size < 1 and size != -1):
                 problems.append(f"{axis}={size!r} is not a positive integer, nor -1 (fill from the number of devices)")
             elif size != 1 and axis in _NOT_YET:
                 available = ", ".join(other for other in Axis if other not in _NOT_YET)
@@ -141,7 +95,7 @@ class Layout:
         free = [axis for axis, size in self.sizes.items() if size == -1 and axis not in _NOT_YET]
         if len(free) > 1:
             problems.append(f"{' and '.join(free)} are -1, but only one size can be filled from the others")
-        if not _is_int(self.zero) or self.zero not in ZERO:
+        if not is_int(self.zero) or self.zero not in ZERO:
             problems.append(f"zero={self.zero!r} is not one of {_legal(ZERO)}")
         if not isinstance(self.sequence_parallel, bool):
             problems.append(f"sequence_parallel={self.sequence_parallel!r} is not True or False")
@@ -150,7 +104,7 @@ class Layout:
                 "sequence_parallel=True has no effect on tensor=1, the axis it splits activations over: "
                 "set tensor to 2 or more, or leave sequence_parallel out"
             )
-        if not _is_int(self.accumulate) or self.accumulate < 1:
+        if not is_int(self.accumulate) or self.accumulate < 1:
             problems.append(f"accumulate={self.accumulate!r} is not a positive integer (microbatches per step)")
         if self.remat not in REMAT:
             problems.append(f"remat={self.remat!r} is not one of {_legal(REMAT)}")
@@ -159,7 +113,7 @@ class Layout:
                 f"reduce_gradients={self.reduce_gradients!r} is not one of {_legal(REDUCE_GRADIENTS)}, or None"
             )
         problems += self._pipeline_problems()
-        _raise("this layout contradicts itself", problems)
+        raise_all("this layout contradicts itself", problems)
         if self.pipe != 1 and self.pipeline is None:
             object.__setattr__(self, "pipeline", Pipeline())
         if self.zero < 3 and self.fsdp == 1:
@@ -204,7 +158,7 @@ class Layout:
                 settings[name] = Pipeline.parse(value)
             else:
                 settings[name] = value
-        _raise(f"cannot read the layout {text!r}", problems)
+        raise_all(f"cannot read the layout {text!r}", problems)
         return cls(**settings)
 
     def __str__(self) -> str:
@@ -365,7 +319,7 @@ class Layout:
                     f"batch_size={batch_size} is not a positive multiple of {_arithmetic(split)}: it would leave "
                     f"{batch_size / parts:.3g} rows per device and microbatch; use {_multiples(batch_size, parts)}"
                 )
-        _raise(f"the layout {self} does not fit", filter(None, problems))
+        raise_all(f"the layout {self} does not fit", filter(None, problems))
 
     def describe(self, config: Any = None) -> str:
         """A table of what each axis does; with a model's `config`, also what is replicated or padded for it."""
@@ -373,15 +327,6 @@ class Layout:
 
     def _repr_html_(self) -> str:
         return as_html(self)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _raise(title: str, problems: Iterable[str]) -> None:
-    if lines := "".join(f"\n  - {problem}" for problem in problems):
-        raise LayoutError(f"{title}:{lines}")
 
 
 def _legal(choices: Iterable[Any]) -> str:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from shardlm._errors import raise_all
 from shardlm._rules_table import as_html, as_text, literal, suggestions
 from shardlm.dims import Split
 from shardlm.layout import Axis, Layout, LayoutError
@@ -187,12 +188,6 @@ def annotation_of(variable: Any) -> PartitionSpec | None:
     if not isinstance(variable, nnx.Variable) or variable.get_metadata().get("out_sharding") is None:
         return None
     return nnx.spmd.get_var_pspec(variable)
-
-
-def raise_all(title: str, problems: Iterable[str]) -> None:
-    """Raise one LayoutError that lists the problems, if there are any."""
-    if lines := "".join(f"\n  - {problem}" for problem in problems):
-        raise LayoutError(f"{title}:{lines}")
 
 
 def _parse(rules: Any) -> list[_Rule]:

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from shardlm._placement import deal, place
 from shardlm.layout import Axis, Layout, LayoutError
 
-NOT_YET = [Axis.PIPE, Axis.EXPERT, Axis.CONTEXT]
+NOT_YET = [Axis.EXPERT, Axis.CONTEXT]
 
 
 def config(**changes):
@@ -105,7 +105,7 @@ def test_an_axis_that_is_not_available_yet_is_the_only_thing_said_about_it(axis,
     with pytest.raises(LayoutError) as error:
         Layout(data=-1, **{axis: size})
     assert conflicts(error) == [
-        f"{axis}={size}: the {axis} axis is not available yet; available are data, fsdp, tensor"
+        f"{axis}={size}: the {axis} axis is not available yet; available are pipe, data, fsdp, tensor"
     ]
 
 
@@ -158,7 +158,7 @@ def test_parse_lists_every_mistake():
         Layout.parse("tenosr=2,fsdp=x,data,sequence_parallel=maybe,zero=1,zero=2,quux=1")
     legal = (
         "legal are pipe, data, fsdp, expert, context, tensor, "
-        "zero, sequence_parallel, accumulate, remat, reduce_gradients"
+        "zero, sequence_parallel, accumulate, remat, reduce_gradients, pipeline"
     )
     assert conflicts(error) == [
         f"unknown setting 'tenosr': did you mean 'tensor'? {legal}",

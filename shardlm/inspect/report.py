@@ -216,7 +216,7 @@ def of(
     if any(entry.endless for entry in traced) or counted.endless:
         notes = (*notes, "the step has a while loop, whose length no trace knows: what is in it is counted once")
     textbook = None
-    if program.manual and program.sequence is not None:
+    if program.manual and program.sequence is not None and program.layout.pipe == 1:
         textbook = theory.expected(program.config, program.layout, program.splits, program.batch_size, program.sequence)
     times = None
     if known is not None:

@@ -5,10 +5,14 @@ A jaxpr is what JAX traces before any compiler sees it: the same on a laptop and
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+# A branch of a conditional may say in how many of the loop's iterations it is taken, by
+# `jax.named_scope("taken_6_of_9")`.
+_TAKEN = re.compile(r"taken_(\d+)_of_(\d+)")
 PHASES = ("forward", "backward", "update")
 _CALLS = {
     "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_vjp_call", "custom_jvp_call",
@@ -101,9 +105,12 @@ def at(equation: Any, place: Place) -> Place:
     if "transpose(" in stack:
         phase = "backward"
     recomputed = place.recomputed or "rematted_computation" in stack
+    times, branch = place.times, place.branch
+    if branch and (match := _TAKEN.search(stack)):
+        times, branch = times * int(match[1]) // int(match[2]), branch[:-1]
     line, helper = _source(equation)
     source = line or (place.source if place.source != "?" else helper or "?")
-    return dataclasses.replace(place, phase=phase, recomputed=recomputed, source=source)
+    return dataclasses.replace(place, times=times, branch=branch, phase=phase, recomputed=recomputed, source=source)
 
 
 def _source(equation: Any) -> tuple[str | None, str | None]:

@@ -213,8 +213,8 @@ class _Loop:
         self.since, self.timed = time.perf_counter(), 0
 
     def _processes(self) -> int:
-        held = self.trainer.local_rows(self.trainer.layout.batch_shards * self.trainer.layout.accumulate)
-        return self.trainer.layout.batch_shards * self.trainer.layout.accumulate // (held.stop - held.start)
+        held = self.trainer.local_rows(self.trainer.layout.batch_shards * self.trainer.layout.microbatches)
+        return self.trainer.layout.batch_shards * self.trainer.layout.microbatches // (held.stop - held.start)
 
     def _evaluate(self, step: int) -> None:
         assert self.options.held_out is not None

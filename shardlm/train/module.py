@@ -17,8 +17,9 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from shardlm._errors import raise_all
 from shardlm.layout import Layout
-from shardlm.rules import ParameterTable, match_rules, raise_all, split_annotated
+from shardlm.rules import ParameterTable, match_rules, split_annotated
 from shardlm.train import rows
 from shardlm.train.anatomy import Anatomy
 from shardlm.train.engine import Parameters, flatten, unflatten

@@ -48,7 +48,7 @@ def accumulate(
     table = make_table(pipeline.schedule, layout.pipe, pipeline.microbatches, pipeline.chunks)
     start = collectives.mark_varying(jnp.zeros((), jnp.promote_types(config.dtype, jnp.float32)), _BATCH_AXES)
     total, outer, inner = execute(model, table, start)
-    return total, outer | inner
+    return total, {**outer, **inner}
 
 
 def hidden(
@@ -94,8 +94,9 @@ def _model(
 
     def of(number: Array) -> tuple[dict[str, Array], Dropout | None]:
         one = {name: jax.lax.dynamic_index_in_dim(x, number, keepdims=False) for name, x in microbatches.items()}
-        dropped = config.dropout and key is not None
-        return one, Dropout(config.dropout, key, one["rows"], batch["columns"]) if dropped else None
+        if not config.dropout or key is None:
+            return one, None
+        return one, Dropout(config.dropout, key, one["rows"], batch["columns"])
 
     def embed(outer: Any, number: Array) -> Array:
         (model, execution), (one, dropout) = ready(outer | inner), of(number)

@@ -41,7 +41,7 @@ class Groups:
                 mask = masks.setdefault(tuple(at[axis] for axis in axes), np.zeros(self._shape, bool))
                 mask[index] = True
             found.append((" x ".join(axes), axes, masks))
-        count = self.trainer.layout.accumulate
+        count = self.trainer.layout.microbatches
         if count > 1:
             held = self._shape[0] // self.trainer.layout.batch_shards
             of_row = np.arange(self._shape[0]) % held % count

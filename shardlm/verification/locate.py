@@ -223,7 +223,7 @@ def summed_over(trainer: Trainer) -> dict[str, int]:
     """The axes over which gradients are sums, and microbatches."""
     layout = trainer.layout
     sizes = {str(axis): n for axis, n in layout.sizes.items() if n > 1}
-    return sizes | ({"accumulate": layout.accumulate} if layout.accumulate > 1 else {})
+    return sizes | ({"accumulate": layout.microbatches} if layout.microbatches > 1 else {})
 
 
 def gradient_suspect(expected: Any, found: Any, path: str, layer: int | None, trainer: Trainer, base: float) -> Suspect:

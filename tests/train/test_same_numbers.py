@@ -38,6 +38,15 @@ GPT = sl.TransformerConfig(
 )  # fmt: skip
 CHUNKED = dataclasses.replace(LLAMA, attention=dataclasses.replace(LLAMA.attention, implementation="chunked"))
 CONFIGS = {"llama": LLAMA, "gpt": GPT, "chunked": CHUNKED}
+CONFIGS |= {f"{name}4": dataclasses.replace(CONFIGS[name], num_layers=4) for name in ("llama", "gpt")}
+PIPELINES = [
+    ("llama4", "pipe=2,pipeline=1f1b:3"),
+    ("llama4", "pipe=4,data=2,pipeline=1f1b:6"),
+    ("llama4", "pipe=4,fsdp=2,zero=1,pipeline=gpipe:3"),
+    ("llama4", "pipe=2,fsdp=2,tensor=2,pipeline=1f1b:4,remat=full"),
+    ("gpt4", "pipe=2,data=2,tensor=2,sequence_parallel,pipeline=1f1b:3"),
+    ("gpt4", "pipe=4,tensor=2,pipeline=1f1b:2"),
+]
 LAYOUTS = [
     ("llama", "accumulate=3,remat=full"),
     ("llama", "data=2"),
@@ -194,6 +203,15 @@ def check(expected: dict, found: dict) -> None:
 def test_layout_gives_the_numbers_of_one_device(name: str, layout: str, engine: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention, "CHUNK", 5)
     check(reference(name), run(name, layout, engine))
+
+
+@pytest.mark.parametrize(("name", "layout"), PIPELINES)
+def test_a_pipeline_gives_the_numbers_of_one_device(name: str, layout: str):
+    check(reference(name), run(name, layout, "manual"))
+
+
+def test_the_compiler_partitions_a_pipelined_layout_too():
+    check(reference("llama4"), run("llama4", "pipe=2,data=2,pipeline=1f1b:3", "auto"))
 
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)

@@ -94,9 +94,11 @@ def execute(model: Model, table: Table, loss: Array) -> tuple[Array, Tree, Tree]
 
     def tick(carry: _Carry, row: dict[str, Array]) -> tuple[_Carry, None]:
         row = row | {name: row[name][stage] for name in PER_STAGE}
-        return _Tick(model, row, table.stages).run(carry), None
+        return _Tick(model, row, counts, table.stages).run(carry), None
 
-    rows = {name: jnp.asarray(array) for name, array in table.rows().items()}
+    arrays = table.rows()
+    counts = {name: (int((a if a.dtype == bool else a >= 0).sum()), table.ticks) for name, a in arrays.items()}
+    rows = {name: jnp.asarray(array) for name, array in arrays.items()}
     end, _ = lax.scan(tick, start, rows)
     return end.loss, end.outer, end.inner
 
@@ -122,10 +124,16 @@ def forward(model: Model, stages: int, microbatches: int) -> Array:
 
 @dataclass(frozen=True)
 class _Tick:
-    """One tick of one stage; `row` is the table's, of this stage where it has one for each."""
+    """One tick of one stage.
+
+    Attributes:
+        row: the table's, of this stage where it has one for each.
+        counts: for what may be in a tick, in how many of them it is, and of how many.
+    """
 
     model: Model
     row: dict[str, Array]
+    counts: dict[str, tuple[int, int]]
     stages: int
 
     def run(self, carry: _Carry) -> _Carry:
@@ -158,15 +166,20 @@ class _Tick:
 
     def _if(self, what: str, function: Callable[[Any], Any], otherwise: Any) -> Any:
         """`function(otherwise)` in ticks that have `what`; a branch that all devices take together."""
-        flag = self.row[what]
-        return lax.cond(flag if flag.dtype == jnp.bool_ else flag >= 0, function, lambda same: same, otherwise)
+        flag, (taken, ticks) = self.row[what], self.counts[what]
+
+        def branch(given: Any) -> Any:
+            with jax.named_scope(f"taken_{taken}_of_{ticks}"):  # for whoever counts what a step does
+                return function(given)
+
+        return lax.cond(flag if flag.dtype == jnp.bool_ else flag >= 0, branch, lambda same: same, otherwise)
 
     def _backward(self, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
         carry, _ = given
         number = self.row["backward_microbatch"]
         x, gradient = _read(carry.stash, self.row["backward_stash"]), _read(carry.gradients, self.row["backward_read"])
         again = lambda inner, x: self.model.layers(inner, x, jnp.maximum(number, 0))  # noqa: E731
-        with jax.named_scope("rematted_computation"):
+        with jax.named_scope("backward"), jax.named_scope("rematted_computation"):
             _, transpose = jax.vjp(again, self.model.inner, x)
         inner, back = transpose(gradient)
         return carry._replace(inner=_add(carry.inner, inner, number >= 0)), _mask(number >= 0, back)
@@ -224,7 +237,7 @@ def _write(buffer: Array, slot: Array, value: Array) -> Array:
     return lax.dynamic_update_index_in_dim(buffer, value, jnp.maximum(slot, 0), 0)
 
 
-def _mask(flag: Array, x: Array) -> Array:
+def _mask(flag: Array | bool, x: Array) -> Array:
     return jnp.where(flag, x, jnp.zeros_like(x))
 
 

@@ -144,9 +144,11 @@ class Table:
         wide = max(len(cell) for _, cells in lines for cell in cells)
         head = max(len(title) for title, _ in lines)
         rows = [f"{title:<{head}} {' '.join(f'{cell:>{wide}}' for cell in cells)}" for title, cells in lines]
-        return "\n".join([self._summary(), *(row.rstrip() for row in rows)])
+        return "\n".join([self.summary, *(row.rstrip() for row in rows)])
 
-    def _summary(self) -> str:
+    @property
+    def summary(self) -> str:
+        """Ticks, what they hold, and slots, in one line."""
         slots = [f"{self.activation_slots} activation", f"{self.gradient_slots} gradient", f"{self.stash_slots} stash"]
         if self.split:
             slots.append(f"{self.weight_slots} weight")
