@@ -63,6 +63,11 @@ def _notes(layout: Any, config: Any) -> list[str]:
         notes.append("sequence_parallel: activations between blocks split over tensor, by sequence")
     if layout.accumulate > 1:
         notes.append(f"accumulate {layout.accumulate}: gradients of {layout.accumulate} microbatches summed per step")
+    if layout.pipeline is not None:
+        notes.append(
+            f"pipeline {layout.pipeline}: {layout.microbatches} microbatches through {layout.pipe} stages; embedding and "
+            "head split over them by vocabulary; parameters gathered, and gradients summed, once per step"
+        )
     if layout.remat != "none":
         notes.append(f"remat {layout.remat}: {REMAT[layout.remat]}")
     if (layout.data, layout.fsdp, layout.expert) != (1, 1, 1):
