@@ -65,8 +65,8 @@ def _notes(layout: Any, config: Any) -> list[str]:
         notes.append(f"accumulate {layout.accumulate}: gradients of {layout.accumulate} microbatches summed per step")
     if layout.pipeline is not None:
         notes.append(
-            f"pipeline {layout.pipeline}: {layout.microbatches} microbatches through {layout.pipe} stages; embedding and "
-            "head split over them by vocabulary; parameters gathered, and gradients summed, once per step"
+            f"pipeline {layout.pipeline}: {layout.microbatches} microbatches through {layout.pipe} stages; embedding "
+            "and head split over them by vocabulary; parameters gathered, and gradients summed, once per step"
         )
     if layout.remat != "none":
         notes.append(f"remat {layout.remat}: {REMAT[layout.remat]}")

@@ -3,9 +3,10 @@
 from shardlm.inspect import topologies
 from shardlm.inspect.bars import draw_communication, draw_memory
 from shardlm.inspect.budget import assert_at_most, assert_fits, assert_no
-from shardlm.inspect.flops import Flops
+from shardlm.inspect.flops import Flops, count_flops
 from shardlm.inspect.hardware import CATALOGUE, Hardware
 from shardlm.inspect.ledger import Entry, Ledger, ledger
+from shardlm.inspect.liveness import Peak, peak_memory
 from shardlm.inspect.memory import Memory
 from shardlm.inspect.pictures import draw_mesh, draw_parameter
 from shardlm.inspect.report import Comparison, Report, compare
@@ -21,16 +22,19 @@ __all__ = [
     "Hardware",
     "Ledger",
     "Memory",
+    "Peak",
     "Report",
     "Timeline",
     "assert_at_most",
     "assert_fits",
     "assert_no",
     "compare",
+    "count_flops",
     "draw_communication",
     "draw_memory",
     "draw_mesh",
     "draw_parameter",
     "ledger",
+    "peak_memory",
     "topologies",
 ]

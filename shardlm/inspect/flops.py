@@ -6,8 +6,11 @@ on global arrays, the work is taken to be split evenly.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import jax
 
 from shardlm.inspect.walk import equations
 
@@ -39,6 +42,17 @@ class Flops:
     def total(self) -> float:
         """All that the device computes: what hardware utilisation (HFU) counts."""
         return self.model + self.recomputed + self.update
+
+
+def count_flops(function: Callable[..., Any], *arguments: Any, num_devices: int = 1) -> Flops:
+    """FLOPs of any function on one device, traced with arrays or `jax.ShapeDtypeStruct`s; nothing is allocated.
+
+    Example:
+        >>> a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((3, 5), (5, 7)))
+        >>> count_flops(jnp.matmul, a, b).total
+        210.0
+    """
+    return of(jax.make_jaxpr(function)(*arguments), num_devices)
 
 
 def of(jaxpr: Any, num_devices: int) -> Flops:

@@ -13,9 +13,11 @@ no device and no compiler:
 Shapes are taken as the program has them: per device inside `shard_map`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 from jax.extend.core import Literal
 
 from shardlm.inspect.walk import Place, at, elements, inside
@@ -137,6 +139,14 @@ class _Program:
     inputs: list[_Variable]
     results: list[_Variable | None]
     constants: list[_Variable] = field(default_factory=list)
+
+
+def peak_memory(function: Callable[..., Any], *arguments: Any) -> Peak:
+    """The worst moment of any function, traced with arrays or `jax.ShapeDtypeStruct`s; nothing is allocated.
+
+    Shapes count as the function has them: whole arrays, or, inside `shard_map`, one device's.
+    """
+    return peak(jax.make_jaxpr(function)(*arguments))
 
 
 def peak(jaxpr: Any) -> Peak:

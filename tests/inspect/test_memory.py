@@ -83,7 +83,7 @@ M = jax.ShapeDtypeStruct((16, 16), jnp.float32)
 
 
 def peak(function, *arguments) -> int:
-    return liveness.peak(jax.make_jaxpr(function)(*arguments)).bytes
+    return sl.inspect.peak_memory(function, *arguments).bytes
 
 
 def test_element_by_element_work_takes_the_memory_of_its_result_alone():
