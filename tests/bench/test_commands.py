@@ -5,9 +5,12 @@ import functools
 
 import pytest
 
-from shardlm.bench import step
+import shardlm as sl
+from shardlm.bench import pipeline, step
 from shardlm.bench.__main__ import main, parser
 from shardlm.bench.timing import Sample, interleaved
+from shardlm.parallel.pipeline import make_table, synchronous
+from shardlm.train.metrics import model_flops_per_token
 
 TINY = "--d-model 8 --heads 2 --kv-heads 1 --d-ff 16 --vocabulary 32"
 
@@ -76,6 +79,52 @@ def test_cold_starts_a_process_and_times_it(capfd, monkeypatch):
     assert what.endswith("batch 2 x 8")
     assert first.startswith("first step ") and "import" in first
     assert rest.startswith("step ") and rest.endswith("2 steps")
+
+
+def test_pipeline(capsys):
+    sizes = f"{TINY} --layers 2 --layout pipe=2 --microbatches 2 --sequence 8"
+    assert run(f"pipeline {sizes} --repeats 2") == 0
+    where, what, plain, *rest, note = capsys.readouterr().out.splitlines()
+    assert where.endswith("2 fake devices") and what.endswith("batch 2 x 8")
+    assert plain.startswith("no pipeline ") and plain.endswith(", data=2,remat=full")
+    assert [line.split()[0] for line in rest] == ["1f1b", "ratio", "bubble", "gpipe", "ratio", "bubble"]
+    assert all(line.endswith(" simulated") for line in rest[2::3])
+    assert note.startswith("fake devices share the cores")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--layout data=8", "the layout data=8 has no pipeline: set pipe to 2 or more"),
+        ("--microbatches 6", "microbatches=6 is not a positive multiple of pipe=4"),
+        ("--schedules 1f1b zb-h1", "schedule='zb-h1' is not run yet"),
+        ("--layout pipe=4,data=3", "pipe=4 x data=3 = 12 devices, but there are 8"),
+        ("--layout pipe=8,pipeline=1f1b:16", "leave pipeline out; --schedules and --microbatches say it here"),
+    ],
+)
+def test_pipeline_refuses(arguments, message, capsys):
+    assert run(f"pipeline {arguments}") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_reference_of_a_pipeline_takes_the_same_rows_at_a_time():
+    layout = sl.Layout(pipe=4, data=2)
+    plain = pipeline.without_pipeline(layout, 8)
+    assert plain == sl.Layout(data=8, accumulate=2, remat="full")
+    rows = 8 * layout.batch_shards
+    assert rows // layout.batch_shards // 8 == rows // plain.batch_shards // plain.microbatches == 1
+
+
+def test_the_bubble_measured_is_the_bubble_simulated_where_times_are_those_of_the_simulation():
+    config = sl.TransformerConfig(**step._TINY | {"num_layers": 4})
+    times = pipeline.times(config, sl.Layout(pipe=4), sequence=8)
+    # Without the forward that backward makes again, forward and backward are as long as this backward.
+    model_flops = 4 * times.backward + times.head
+    assert model_flops == pytest.approx(model_flops_per_token(config, 8))
+    once, longer = (synchronous(make_table("1f1b", 4, m), times) for m in (8, 32))
+    measured = pipeline.bubble(Sample((once.makespan,)), Sample((longer.makespan,)))
+    assert measured.median == pytest.approx(once.bubble_fraction)
+    assert 0 < once.bubble_fraction < 3 / 8  # the head is never idle
 
 
 def test_a_ratio_is_taken_round_by_round():

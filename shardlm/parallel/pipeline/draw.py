@@ -1,5 +1,7 @@
 """The stage-by-time chart of a simulation: as a figure, and as text for a terminal."""
 
+from functools import partial
+from io import BytesIO
 from typing import Any
 
 from .schedule import Kind, Operation
@@ -19,7 +21,7 @@ _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def chart(simulation: Simulation, title: str | None = None) -> Any:
-    """The chart as a `matplotlib.figure.Figure`; `savefig("chart.svg")` writes it.
+    """The chart as a `matplotlib.figure.Figure`; `savefig("chart.svg")` writes it, and a notebook shows it.
 
     One row per stage, time to the right; the number is the microbatch, its subscript the chunk if there are several,
     its colour one of five in turn. Forwards are light, backwards dark, gradients of weights hatched as well.
@@ -76,6 +78,7 @@ def chart(simulation: Simulation, title: str | None = None) -> Any:
     if simulation.shared:
         handles.append(Patch(facecolor=_GREY, edgecolor="white", label="embedding and head"))
     figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False, fontsize=8)
+    vars(figure)["_repr_png_"] = partial(_png, figure)  # for notebooks that have not imported pyplot
     return figure
 
 
@@ -109,6 +112,12 @@ def text_chart(simulation: Simulation) -> str:
     lines = [f"{'time':<{head}}" + "".join(axis)]
     lines += [f"{f'stage {stage}':<{head}}" + "".join(row).rstrip() for stage, row in enumerate(rows)]
     return "\n".join([*lines, _caption(simulation)])
+
+
+def _png(figure: Any) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def _caption(simulation: Simulation) -> str:

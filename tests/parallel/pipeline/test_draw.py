@@ -4,6 +4,7 @@ import doctest
 import sys
 
 import pytest
+from IPython.core.formatters import PNGFormatter
 
 from shardlm.parallel.pipeline import (
     SCHEDULES,
@@ -70,6 +71,12 @@ def test_a_figure_has_a_bar_for_every_operation(name, packed):
 def test_a_figure_is_written_as_svg(tmp_path):
     chart(asynchronous(orders("zb-h1", 3, 4))).savefig(tmp_path / "chart.svg")
     assert "<svg" in (tmp_path / "chart.svg").read_text(encoding="utf-8")
+
+
+def test_a_notebook_shows_a_figure_without_pyplot():
+    figure = chart(asynchronous(orders("1f1b", 2, 3)))
+    picture = PNGFormatter()(figure)
+    assert picture.startswith(b"\x89PNG")
 
 
 def test_forward_and_backward_differ_in_lightness():
