@@ -174,7 +174,7 @@ def test_a_run_goes_on_on_another_layout(whole, run, tmp_path):
     [
         ("--layout dta=2", "error: cannot read the layout 'dta=2':\n  - unknown setting 'dta': did you mean 'data'?"),
         ("--layout data=3,fsdp=-1", "error: fsdp=-1 cannot be filled: data=3 = 3 does not divide the 8 devices"),
-        ("--layout pipe=8", "error: this layout contradicts itself:\n  - pipe=8: the pipe axis is not available yet"),
+        ("--layout expert=8", "error: this layout contradicts itself:\n  - expert=8: the expert axis is not available"),
         ("--layout data=3", "error: fake_devices(3) came too late: JAX has already started, with 8 CPU device(s)"),
         ("--layout data=4,tensor=2 --num-heads 3 --head-dim 8 --d-ff 25 --batch-size 6",
          "error: the layout data=4,tensor=2 does not fit:\n  - num_heads=3 is not a positive multiple of tensor=2: "

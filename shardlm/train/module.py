@@ -278,4 +278,6 @@ def _check_layout(layout: Layout) -> None:
             f"reduce_gradients={layout.reduce_gradients!r} is of sl.Transformer: the compiler decides when gradients "
             "of your own module are summed; leave it out"
         )
+    if layout.pipe > 1:
+        problems.append(f"pipe={layout.pipe}: only a sl.Transformer is cut into stages; use fsdp or data")
     raise_all("these settings have no effect on a module of your own", problems)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,12 @@ class TransformerProgram:
         if engine not in engines.ENGINES:
             raise ValueError(f"engine={engine!r}; it is one of {', '.join(map(repr, engines.ENGINES))}")
         layout.check(config)
+        if engine == "auto" and layout.pipe > 1:
+            warnings.warn(
+                f"engine='auto' runs no schedule: {layout.pipeline} has no effect, the compiler moves layers or "
+                "activations over pipe as it sees fit. It is there to check the numbers of engine='manual'.",
+                stacklevel=4,
+            )
         if "float64" in (config.dtype, config.param_dtype) and not jax.config.read("jax_enable_x64"):
             raise ValueError(
                 f"dtype={config.dtype!r}, param_dtype={config.param_dtype!r}: JAX computes in float64 only after "

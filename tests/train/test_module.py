@@ -553,6 +553,8 @@ def test_settings_without_effect_are_an_error_that_says_what_to_do_instead():
         small(layout)
     for problem in ("sequence_parallel is of", "use nnx.remat in the module", "reduce_gradients='step' is of"):
         assert problem in str(error.value)
+    with pytest.raises(sl.LayoutError, match="pipe=2: only a sl.Transformer is cut into stages; use fsdp or data"):
+        small(sl.Layout(pipe=2, data=4))
     with pytest.raises(TypeError, match="loss_fn is a int; it is a function of"):
         small(loss=3)
     with pytest.raises(sl.LayoutError, match="no rule matches these 4 parameters"):

@@ -86,7 +86,7 @@ def module() -> dict:
         ({"fsdp": 8}, {"d_model": 20}, "d_model=20 is not a positive multiple of fsdp=8"),
         ({"data": 2, "tensor": 4}, {"num_heads": 12, "num_kv_heads": 6, "head_dim": 2}, "num_kv_heads=6 and tensor=4"),
         ({"fsdp": 8, "accumulate": 3}, {}, None),
-        ({"pipe": 2, "data": 4}, {}, "pipe=2: the pipe axis is not available yet"),
+        ({"expert": 2, "data": 4}, {}, "expert=2: the expert axis is not available yet"),
     ],
 )  # fmt: skip
 def test_a_layout_that_does_not_fit_is_refused_before_anything_is_allocated(layout, config, message):
