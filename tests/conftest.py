@@ -62,6 +62,18 @@ def _make_devices() -> None:
         )
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says which compilers' programs were read from recorded texts alone."""
+    from shardlm.inspect import topologies
+
+    for platform, extra in (("cuda", "topologies"), ("tpu", "tpu")):
+        if not topologies.installed(platform):
+            terminalreporter.write_line(
+                f"not compiled afresh for {platform}, only read from recorded texts: its compiler is not installed "
+                f"(pip install 'shardlm[{extra}]')"
+            )
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Lets the test use float64, in the test's own thread."""
