@@ -157,9 +157,12 @@ def get(hardware: "Hardware | str") -> Hardware:
 
     Raises:
         ValueError: the name is not in the catalogue.
+        TypeError: it is neither.
     """
     if isinstance(hardware, Hardware):
         return hardware
+    if not isinstance(hardware, str):
+        raise TypeError(f"hardware={hardware!r} is a {type(hardware).__name__}; it is a name, or a Hardware")
     name = hardware.lower().removeprefix("tpu").removeprefix("nvidia").strip(" _-")
     if name in CATALOGUE:
         return CATALOGUE[name]

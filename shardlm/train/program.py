@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from shardlm.dims import Split
 from shardlm.layout import Layout
@@ -178,6 +178,26 @@ class Program(Protocol):
     def changes(self, saved: Mapping[str, Any], where: str) -> dict[str, tuple[Any, Any]]:
         """What differs from a checkpoint's `identity` and may; raises ValueError for what may not."""
         ...
+
+
+def count_devices(devices: Sequence[Any] | int) -> int:
+    """How many devices were given, themselves or as a number; ValueError for a number that cannot be one."""
+    if not isinstance(devices, int):
+        return len(devices)
+    if isinstance(devices, bool) or devices < 1:
+        raise ValueError(f"devices={devices!r}: give devices, or a positive number of devices that need not exist")
+    return devices
+
+
+def require_devices(mesh: Mesh | AbstractMesh) -> None:
+    """Raise ValueError for a mesh on which nothing can run."""
+    if isinstance(mesh, AbstractMesh) or mesh.devices is None:
+        raise ValueError(
+            f"the {mesh.size} devices of this Trainer do not exist, as devices={mesh.size} says: give it "
+            f"devices to run on, or on a CPU call sl.fake_devices({mesh.size}) first and leave devices out"
+        )
+    if type(mesh.devices.flat[0].client).__name__ == "CompileOnlyPyClient":
+        raise ValueError("these devices can be compiled for (explain(..., compile=True)), but nothing runs there")
 
 
 def mesh_on(layout: Layout, devices: Sequence[Any] | int) -> Any:

@@ -12,6 +12,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm.train import engine
+from shardlm.train.program import require_devices
 from shardlm.train.state import TrainState, check_usable
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def sample(
     Raises:
         ValueError: an argument is out of range, or the window does not fit the model or its layout.
     """
+    require_devices(trainer.mesh)
     check_usable(state)
     ids = np.asarray(prompt)
     if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":

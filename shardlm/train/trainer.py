@@ -23,7 +23,7 @@ from shardlm.train.explain import explain
 from shardlm.train.fit import FitOptions, fit
 from shardlm.train.module import LossFunction, ModuleProgram
 from shardlm.train.optimizer import adamw
-from shardlm.train.program import Program
+from shardlm.train.program import Program, count_devices, require_devices
 from shardlm.train.state import TrainState
 from shardlm.train.step import Metrics, make_gradients, make_step
 from shardlm.train.transformer import TransformerProgram
@@ -267,6 +267,7 @@ class Trainer:
             batch: see `step`. In a run of several processes, each gives the rows that `local_rows` names.
             may_be_empty: allow a batch whose weights are all zero.
         """
+        require_devices(self.mesh)
         return self.program.place(batch, may_be_empty=may_be_empty)
 
     def abstract_batch(self, batch: Batch) -> Any:
@@ -343,13 +344,7 @@ class Trainer:
         XLA's CPU backend runs all devices on one small pool of threads, in which each collective blocks a thread until
         its peers arrive. With several programs in flight the peers may find no thread, and all wait for ever.
         """
-        if not self.has_devices:
-            raise ValueError(
-                f"the {self.mesh.size} devices of this Trainer do not exist, as devices={self.mesh.size} says: give it "
-                f"devices to run on, or on a CPU call sl.fake_devices({self.mesh.size}) first and leave devices out"
-            )
-        if type(self.mesh.devices.flat[0].client).__name__ == "CompileOnlyPyClient":
-            raise ValueError("these devices can be compiled for (explain(..., compile=True)), but nothing runs there")
+        require_devices(self.mesh)
         result = function(*arguments)
         if self.mesh.size > 1 and self.first_device.platform == "cpu":
             jax.block_until_ready(result)
@@ -392,4 +387,4 @@ class Trainer:
 def _resolve(layout: Layout | None, devices: Sequence[Any] | int | None) -> tuple[Layout, Sequence[Any] | int]:
     if devices is None:
         devices = jax.devices()[:1] if layout is None else jax.devices()
-    return (layout or Layout()).resolve(devices if isinstance(devices, int) else len(devices)), devices
+    return (layout or Layout()).resolve(count_devices(devices)), devices

@@ -25,6 +25,8 @@ def test_an_unknown_name_lists_the_known_ones():
         get("h1000")
     with pytest.raises(ValueError, match=r"or describe your own with shardlm\.inspect\.Hardware\(name="):
         get("abacus")
+    with pytest.raises(TypeError, match="hardware=3 is a int; it is a name, or a Hardware"):
+        get(3)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import math
 
 import jax
+import numpy as np
 import pytest
 
 import shardlm as sl
@@ -166,6 +167,18 @@ def test_bad_questions_are_errors():
         trainer.explain(4, 8, compile=True)
     with pytest.raises(ValueError, match="the 4 devices of this Trainer do not exist"):
         trainer.init()
+    rows = np.ones((4, 8), np.int32)
+    batch = {"tokens": rows, "targets": rows}
+    for call in (
+        lambda: trainer.step(trainer.abstract_state, batch),
+        lambda: sl.sample(trainer, trainer.abstract_state, rows[0], tokens=2, window=8),
+        lambda: sl.verify(trainer),
+    ):
+        with pytest.raises(ValueError, match="the 4 devices of this Trainer do not exist"):
+            call()
+    for wrong in (0, -4, True):
+        with pytest.raises(ValueError, match=f"devices={wrong}: give devices, or a positive number of devices"):
+            sl.Trainer(CONFIG, sl.Layout(), devices=wrong)
     learned = dataclasses.replace(CONFIG, positions=sl.LearnedPositions(length=16))
     with pytest.raises(ValueError, match="a sequence of 32 tokens; the model has 16 learned positions"):
         sl.Trainer(learned, sl.Layout(), devices=1).explain(2, 32)

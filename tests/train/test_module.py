@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import shardlm as sl
 from shardlm.train.engine import flatten, unflatten
+from tests.train.test_same_numbers import worst
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -232,19 +233,6 @@ def run(name: str, layout: str) -> dict:
         np.asarray,
         {"losses": losses, "grads": first, "params": state.params, "opt_state": state.opt_state, "stats": stats},
     )
-
-
-def worst(expected, found) -> tuple[float, str]:
-    """The largest difference relative to its leaf's largest element, and that leaf's path."""
-    expected_leaves, tree = jax.tree_util.tree_flatten_with_path(expected)
-    found_leaves, found_tree = jax.tree.flatten(found)
-    assert tree == found_tree
-    differences = [(0.0, "")]
-    for (path, a), b in zip(expected_leaves, found_leaves, strict=True):
-        assert np.shape(a) == np.shape(b), path
-        scale = np.abs(a).max()
-        differences.append((float(np.abs(a - b).max() / (scale if scale else 1.0)), jax.tree_util.keystr(path)))
-    return max(differences)
 
 
 def check(expected: dict, found: dict) -> None:

@@ -184,7 +184,7 @@ def worst(expected, found) -> tuple[float, str]:
     expected_leaves, tree = jax.tree_util.tree_flatten_with_path(expected)
     found_leaves, found_tree = jax.tree.flatten(found)
     assert tree == found_tree
-    differences = []
+    differences = [(0.0, "")]
     for (path, a), b in zip(expected_leaves, found_leaves, strict=True):
         assert np.shape(a) == np.shape(b), path
         scale = np.abs(a).max()
