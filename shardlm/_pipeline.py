@@ -45,12 +45,12 @@ class Pipeline:
             problems.append(
                 f"chunks={self.chunks}: schedule {self.schedule!r} has one chunk per stage; 'interleaved' has several"
             )
-        problems += self._layers_problems()
+        problems += self._listed_problems()
         raise_all("this pipeline cannot be", problems)
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(int(n) for n in self.layers))  # hashable, as a layout is
 
-    def _layers_problems(self) -> list[str]:
+    def _listed_problems(self) -> list[str]:
         if self.layers is None:
             return []
         listed = isinstance(self.layers, Sequence) and not isinstance(self.layers, str)
@@ -61,22 +61,19 @@ class Pipeline:
         return []
 
     def counts(self, num_layers: int, stages: int) -> tuple[int, ...]:
-        """Layers of each of the stages * chunks pieces of a model.
+        """Layers of each of the stages * chunks pieces of a model, in its order."""
+        return even(num_layers, stages * self.chunks) if self.layers is None else tuple(self.layers)
 
-        Raises:
-            LayoutError: `layers` are as many pieces as there are not, or do not add up to the model's.
-        """
-        pieces = stages * self.chunks
-        spread = even(num_layers, pieces)
-        if self.layers is None:
-            return spread
-        if len(self.layers) != pieces or sum(self.layers) != num_layers:
-            raise LayoutError(
-                f"pipeline layers={self.layers} are {sum(self.layers)} layers in {len(self.layers)} pieces, but there "
-                f"are num_layers={num_layers} and pipe={stages} x chunks={self.chunks} = {pieces} pieces: "
-                f"the default is layers={spread}"
-            )
-        return tuple(self.layers)
+    def layers_problems(self, num_layers: int, stages: int) -> list[str]:
+        """What is wrong with `layers` for a model of so many."""
+        pieces, given = stages * self.chunks, self.layers
+        if given is None or (len(given) == pieces and sum(given) == num_layers):
+            return []
+        return [
+            f"pipeline layers={given} are {sum(given)} layers in {len(given)} pieces, but there are "
+            f"num_layers={num_layers} and pipe={stages} x chunks={self.chunks} = {pieces} pieces: the default is "
+            f"layers={even(num_layers, pieces)}"
+        ]
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -88,8 +85,8 @@ class Pipeline:
         numbers = [part for item in rest for part in item.split("+")]
         if len(rest) > 3 or not all(part.isdecimal() for part in numbers) or any("+" in item for item in rest[:2]):
             raise LayoutError(
-                f"pipeline={text!r}: after the schedule go the numbers of microbatches, of chunks, and of layers of each "
-                "piece, separated by colons, as in 1f1b:8, interleaved:8:2 or 1f1b:8:1:3+4+4+3"
+                f"pipeline={text!r}: after the schedule go the numbers of microbatches, of chunks, and of layers of "
+                "each piece, separated by colons, as in 1f1b:8, interleaved:8:2 or 1f1b:8:1:3+4+4+3"
             )
         settings: dict[str, Any] = dict(zip(("microbatches", "chunks"), map(int, rest[:2]), strict=False))
         if len(rest) == 3:

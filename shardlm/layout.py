@@ -302,10 +302,8 @@ class Layout:
             # Every zero level splits at least the optimizer state, along the embed dim.
             _divides("d_model", config.d_model, Axis.FSDP, self.fsdp),
         ]
-        try:
-            self.pipeline and self.pipeline.counts(config.num_layers, self.pipe)
-        except LayoutError as error:
-            problems.append(str(error))
+        if self.pipeline is not None:
+            problems += self.pipeline.layers_problems(config.num_layers, self.pipe)
         kv = config.num_kv_heads
         if kv % tensor and tensor % kv:
             legal = [n for n in _divisors(config.num_heads) if kv % n == 0 or n % kv == 0]

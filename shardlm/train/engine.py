@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def in_order(self) -> dict[str, Split]:
-        """The splits of parameters in the model's order, as `arrange.in_order` gives them."""
+        """The splits of parameters as `arrange.gathered` gives them, their layers in the model's order."""
         return {path: arrange.split_in_order(split, self.stages) for path, split in self.splits.items()}
 
     def shardings(self, which: str) -> Parameters:

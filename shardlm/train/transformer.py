@@ -76,6 +76,21 @@ class TransformerProgram:
         return TransformerProgram.of(self.config, Layout(), [device], "auto")
 
     @property
+    def layer_rows(self) -> tuple[Any, ...] | None:
+        """Where a pipeline stores layers otherwise than in the model's order, which each row is."""
+        stages = self.plan.stages
+        rows = stages.rows.tolist()
+        return tuple(map(tuple, rows) if stages.chunks > 1 else rows) if stages.arranged else None
+
+    def in_order(self, tree: Any) -> Any:
+        """Layers in the model's order and on every stage."""
+        return arrange.gathered(tree, self.plan.stages)
+
+    def arrange(self, tree: Any) -> Any:
+        """The inverse of `in_order`, of NumPy arrays."""
+        return arrange.arrange(tree, self.plan.stages)
+
+    @property
     def title(self) -> str:
         """The model in words."""
         c = self.config

@@ -2,9 +2,9 @@
 
 The model is cut into v p pieces of consecutive layers, and the pieces are dealt out to the stages in turn: chunk c of
 stage s is piece c p + s. A device holds v chunks of k layers, k being the most that any piece has, so a stacked
-parameter is stored as `[chunks, stages * k, ...]`, its second dim split over `pipe`; without chunks as `[stages * k, ...]`.
-Pieces of fewer layers end in rows of padding, zeros that compute the identity. Read row by row, layers stay in the
-model's order; where there is neither padding nor a second chunk, the stored array is `[num_layers, ...]` as anywhere.
+parameter is stored as `[chunks, stages * k, ...]`, its second dim split over `pipe`, or, of one chunk, as
+`[stages * k, ...]`. Pieces of fewer layers end in rows of padding, zeros that compute the identity. Read row by row,
+layers stay in the model's order; with neither padding nor a second chunk this is `[num_layers, ...]`, as anywhere.
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,7 @@ class Stages:
 
     @classmethod
     def of(cls, layout: Layout, num_layers: int) -> "Stages":
-        """The stages of a layout, one without a pipeline being a single stage.
-
-        Raises:
-            LayoutError: the pipeline's `layers` do not fit the stages, or do not add up to the model's.
-        """
+        """The stages of a layout that `check` has passed; without a pipeline there is one."""
         pipeline = layout.pipeline
         if pipeline is None:
             return cls((num_layers,), 1)
