@@ -52,9 +52,12 @@ def changes(
             problems.append(f"{name}: {what} {array.dtype} {tuple(array.shape)}")
             continue
         leaf, there = wanted[name], stored[name]
-        if (layers := _layers(name, there, leaf, arranged)) is not None:
-            before, after = layers
-            if not np.array_equal(before, after):
+        if _is_arranged(name, there, leaf, arranged):
+            before, after = (_rows(x, rows) for x, rows in zip((there, leaf), arranged, strict=True))
+            if before.max() != after.max() or there.shape[before.ndim :] != leaf.shape[after.ndim :]:
+                expected, given = (f"{x.shape} of {r.max() + 1} layers" for x, r in ((leaf, after), (there, before)))
+                problems.append(f"{name}: shape expected {expected}, found {given}")
+            elif not np.array_equal(before, after):
                 load = jax.ShapeDtypeStruct(there.shape, leaf.dtype, sharding=_spread(leaf, there.shape, before, after))
                 found[name] = Change(load, functools.partial(_rearranged, before=before, after=after))
         elif tuple(leaf.shape) != tuple(there.shape):
@@ -84,15 +87,15 @@ def _padded_anew(leaf: Any, stored_rows: int, real: int) -> Change:
     return Change(load, make)
 
 
-def _layers(name: str, stored: Any, wanted: Any, arranged: tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Which layer each row is, there and here; None for what is not stacked layers, or not of as many."""
-    if LAYERS not in name.split("/") or arranged == (None, None):
-        return None
-    count = max(np.max(rows) for rows in arranged if rows is not None) + 1
-    before, after = (np.arange(count) if rows is None else np.array(rows) for rows in arranged)
-    fits = [tuple(x.shape[: r.ndim]) == r.shape for x, r in ((stored, before), (wanted, after))]
-    same = tuple(stored.shape[before.ndim :]) == tuple(wanted.shape[after.ndim :])
-    return (before, after) if all(fits) and same and before.max() == after.max() else None
+def _is_arranged(name: str, stored: Any, wanted: Any, arranged: tuple[Any, Any]) -> bool:
+    """Whether it is stacked layers, of which at least one side stores them otherwise than in order."""
+    pairs = [(x, np.shape(rows)) for x, rows in zip((stored, wanted), arranged, strict=True) if rows is not None]
+    return LAYERS in name.split("/") and any(tuple(x.shape[: len(shape)]) == shape for x, shape in pairs)
+
+
+def _rows(array: Any, rows: Any) -> np.ndarray:
+    """Which layer each row is."""
+    return np.arange(array.shape[0]) if rows is None else np.array(rows)
 
 
 def _spread(leaf: Any, stored: Sequence[int], before: np.ndarray, after: np.ndarray) -> Any:

@@ -94,6 +94,33 @@ class Stages:
         return self.rows.reshape(self.chunks, self.stages, self.depth).swapaxes(0, 1)
 
 
+def layers_by_cost(config: Any, stages: int, sequence: int, chunks: int = 1) -> tuple[int, ...]:
+    """A list for `Pipeline(layers=...)`: the stage with the most FLOPs has as few as can be.
+
+    Counted are each layer's matrix products and, as far as its sliding window goes, its attention; embedding and head
+    are not, as all stages compute them together. Stages wait for the slowest and are padded to the longest, so this
+    pays where layers differ, as with windows; equal layers are spread evenly.
+
+    Args:
+        config: a `TransformerConfig`.
+        stages, chunks: the layout's.
+        sequence: tokens per row.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+    for name, value in (("stages", stages), ("sequence", sequence), ("chunks", chunks)):
+        if value < 1:
+            raise ValueError(f"layers_by_cost: {name}={value}; it is at least 1")
+    c = config
+    heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    products = 2 * c.d_model * (heads + c.d_ff * (3 if c.mlp.gated else 2))
+    seen = [sequence if window is None else min(window, sequence) for window in c.windows]
+    # A query sees its window, or half the sequence on average.
+    visible = [n - n * (n - 1) / (2 * sequence) for n in seen]
+    return balance([products + 4 * c.num_heads * c.head_dim * n for n in visible], stages * chunks)
+
+
 def balance(costs: Sequence[float], pieces: int, first: float = 0.0, last: float = 0.0) -> tuple[int, ...]:
     """Layers of each piece such that the costliest piece is as cheap as can be.
 
