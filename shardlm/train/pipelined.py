@@ -94,11 +94,11 @@ def _model(
     if stages.chunks == 1:
         inner = {path: x[None] for path, x in inner.items()}
     rowwise = {name: x for name, x in batch.items() if name != "columns"}
-    microbatches = {name: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for name, x in rowwise.items()}
+    microbatches = {name: x.reshape(-1, count, *x.shape[1:]) for name, x in rowwise.items()}
     held = jnp.asarray(stages.of_stage())[collectives.index(Axis.PIPE)]
 
     def of(number: Array) -> tuple[dict[str, Array], Dropout | None]:
-        one = {name: jax.lax.dynamic_index_in_dim(x, number, keepdims=False) for name, x in microbatches.items()}
+        one = {name: jax.lax.dynamic_index_in_dim(x, number, 1, keepdims=False) for name, x in microbatches.items()}
         if not config.dropout or key is None:
             return one, None
         return one, Dropout(config.dropout, key, one["rows"], batch["columns"])
@@ -127,7 +127,7 @@ def _model(
         (model, _), (one, _) = ready(outer | inner), of(number)
         return nll_sum(model, x, one)
 
-    rows, sequence = microbatches["tokens"].shape[1:]
+    rows, _, sequence = microbatches["tokens"].shape
     split = layout.sequence_parallel
     like = jnp.zeros((rows, sequence // (tensor.parts() if split else 1), config.d_model), config.dtype)
     like = collectives.mark_varying(like, (Axis.PIPE, *_BATCH_AXES, *((Axis.TENSOR,) if split else ())))
