@@ -7,6 +7,7 @@ from typing import Any, Self
 from shardlm._errors import LayoutError, is_int, raise_all
 
 NAMES = ("1f1b", "gpipe", "interleaved")
+_ENDS = "ends"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,10 @@ class Pipeline:
         layers: how many layers each of the stages * chunks pieces has, in the model's order; None is as even as can be.
             Pieces of fewer layers than the largest are padded to it with layers that compute the identity, so each
             costs the memory and the time of the largest. `parallel.pipeline.layers_by_cost` makes a list.
+        vocabulary: where embedding and head are. "split": their vocabulary is split over the stages, as over `tensor`,
+            and all compute them together. "ends": the first stage embeds and the last has the head; all stages hold
+            both tables and compute them in each tick, as one program does, but nothing of them is sent until gradients
+            are summed once per step. That pays for a small vocabulary on a slow network.
 
     Raises:
         LayoutError: a setting out of range, or not available yet.
@@ -31,6 +36,7 @@ class Pipeline:
     microbatches: int = 8
     chunks: int = 1
     layers: Sequence[int] | None = None
+    vocabulary: str = "split"
 
     def __post_init__(self):
         problems = []
@@ -45,6 +51,8 @@ class Pipeline:
             problems.append(
                 f"chunks={self.chunks}: schedule {self.schedule!r} has one chunk per stage; 'interleaved' has several"
             )
+        if self.vocabulary not in ("split", _ENDS):
+            problems.append(f"vocabulary={self.vocabulary!r} is not one of 'split', 'ends'")
         problems += self._listed_problems()
         raise_all("this pipeline cannot be", problems)
         if self.layers is not None:
@@ -79,16 +87,21 @@ class Pipeline:
     def parse(cls, text: str) -> Self:
         """The pipeline that a text describes: "schedule:microbatches:chunks:layers", as "1f1b:8" or "1f1b:8:1:3+4+4+3".
 
-        What follows the schedule may be left out from the right.
+        What follows the schedule may be left out from the right; a last ":ends" is `vocabulary="ends"`.
         """
         schedule, *rest = text.split(":")
+        settings: dict[str, Any] = {}
+        if rest[-1:] == [_ENDS]:
+            settings["vocabulary"] = _ENDS
+            rest.pop()
         numbers = [part for item in rest for part in item.split("+")]
         if len(rest) > 3 or not all(part.isdecimal() for part in numbers) or any("+" in item for item in rest[:2]):
             raise LayoutError(
                 f"pipeline={text!r}: after the schedule go the numbers of microbatches, of chunks, and of layers of "
-                "each piece, separated by colons, as in 1f1b:8, interleaved:8:2 or 1f1b:8:1:3+4+4+3"
+                "each piece, separated by colons, as in 1f1b:8, interleaved:8:2 or 1f1b:8:1:3+4+4+3; "
+                "a last :ends is vocabulary='ends'"
             )
-        settings: dict[str, Any] = dict(zip(("microbatches", "chunks"), map(int, rest[:2]), strict=False))
+        settings |= dict(zip(("microbatches", "chunks"), map(int, rest[:2]), strict=False))
         if len(rest) == 3:
             settings["layers"] = tuple(map(int, rest[2].split("+")))
         return cls(schedule=schedule, **settings)
@@ -100,6 +113,8 @@ class Pipeline:
             parts.append(str(self.chunks))
         if self.layers is not None:
             parts.append("+".join(map(str, self.layers)))
+        if self.vocabulary == _ENDS:
+            parts.append(_ENDS)
         return ":".join(parts)
 
 

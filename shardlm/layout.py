@@ -204,6 +204,12 @@ class Layout:
         """Into how many parts the rows of a step are cut, one after another: by `accumulate` or by the pipeline."""
         return self.accumulate if self.pipeline is None else self.pipeline.microbatches
 
+    @property
+    def vocabulary_axes(self) -> tuple[Axis, ...]:
+        """The axes that split the vocabulary, the first one major."""
+        ends = self.pipeline is not None and self.pipeline.vocabulary == "ends"
+        return (Axis.TENSOR,) if ends else (Axis.PIPE, Axis.TENSOR)
+
     def _pipeline_problems(self) -> list[str]:
         problems = []
         if self.pipe == 1 and self.pipeline is not None:

@@ -22,11 +22,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from shardlm import collectives
 from shardlm.dims import DimTable, Split
 from shardlm.layout import Axis, Layout
+from shardlm.models import embedding
 from shardlm.models.config import TransformerConfig
 from shardlm.models.dropout import Dropout
 from shardlm.models.stack import Execution
 from shardlm.models.transformer import Transformer, parameter_dims
-from shardlm.parallel import tensor, zero
+from shardlm.parallel import zero
 from shardlm.parallel.pipeline.stages import Stages
 from shardlm.train import arrange, pipelined
 from shardlm.train.loss import loss_sum, nll_sum
@@ -174,7 +175,11 @@ def forward(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, Array], 
     def run(ready: Ready, begun: dict[str, Array], batch: dict[str, Array], key: Array, layers: Array):
         model, hidden = ready(begun)[0], _hidden(plan, ready, begun, batch, key, layers, piped=engine == "manual")
         logits = model.logits(hidden)
-        return {"hidden": hidden, "logits": logits, "nll": tensor.cross_entropy(logits, batch["targets"])}
+        return {
+            "hidden": hidden,
+            "logits": logits,
+            "nll": embedding.cross_entropy(logits, batch["targets"], plan.config),
+        }
 
     def local(parameters: dict[str, Array], batch: dict[str, Array], key: Array, layers: Array) -> dict[str, Array]:
         return run(*_prepare(plan, parameters), batch, key, layers)

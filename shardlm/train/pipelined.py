@@ -48,8 +48,11 @@ def accumulate(
     assert pipeline is not None
     model = _model(config, layout, stages, ready, parameters, batch, key, pipeline.microbatches, None)
     table = make_table(pipeline.schedule, layout.pipe, pipeline.microbatches, pipeline.chunks)
-    start = collectives.mark_varying(jnp.zeros((), jnp.promote_types(config.dtype, jnp.float32)), _BATCH_AXES)
+    axes = (*_BATCH_AXES, *((Axis.PIPE,) if model.ends else ()))
+    start = collectives.mark_varying(jnp.zeros((), jnp.promote_types(config.dtype, jnp.float32)), axes)
     total, outer, inner = execute(model, table, start)
+    if model.ends:
+        total, outer = jax.tree.map(lambda x: collectives.all_reduce(x, Axis.PIPE), (total, outer))
     return total, {**outer, **(inner if stages.chunks > 1 else {path: x[0] for path, x in inner.items()})}
 
 
@@ -89,8 +92,13 @@ def _model(
     stop: Array | None,
 ) -> Model:
     """The model as the executor needs it, on `count` microbatches; microbatch k takes every count-th row."""
+    ends = layout.pipeline is not None and layout.pipeline.vocabulary == "ends"
     outer = {path: x for path, x in parameters.items() if not path.startswith(_LAYERS)}
     inner = {path: x for path, x in parameters.items() if path.startswith(_LAYERS)}
+    if ends:
+        outer = {
+            path: collectives.mark_varying(x, Axis.PIPE) for path, x in outer.items()
+        }  # gradients summed at the end
     if stages.chunks == 1:
         inner = {path: x[None] for path, x in inner.items()}
     rowwise = {name: x for name, x in batch.items() if name != "columns"}
@@ -131,4 +139,4 @@ def _model(
     split = layout.sequence_parallel
     like = jnp.zeros((rows, sequence // (tensor.parts() if split else 1), config.d_model), config.dtype)
     like = collectives.mark_varying(like, (Axis.PIPE, *_BATCH_AXES, *((Axis.TENSOR,) if split else ())))
-    return Model(embed, layers, head, outer, inner, like)
+    return Model(embed, layers, head, outer, inner, like, ends)

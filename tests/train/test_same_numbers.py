@@ -52,6 +52,8 @@ PIPELINES = [
     ("gpt", "pipe=2,data=2,tensor=2,sequence_parallel,pipeline=interleaved:2:3:0+1+0+1+1+0"),
     ("llama", "pipe=2,fsdp=2,pipeline=1f1b:3"),
     ("llama", "pipe=8,pipeline=1f1b:3"),
+    ("llama4", "pipe=2,fsdp=2,zero=2,pipeline=1f1b:3:ends"),
+    ("gpt4", "pipe=2,data=2,tensor=2,sequence_parallel,pipeline=interleaved:2:2:ends"),
     ("llama4", "pipe=2,fsdp=2,tensor=2,zero=1,pipeline=gpipe:2:1:3+1,remat=dots"),
 ]
 LAYOUTS = [
