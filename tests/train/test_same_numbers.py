@@ -215,7 +215,7 @@ def test_the_compiler_partitions_a_pipelined_layout_too():
         check(reference("llama4"), run("llama4", "pipe=2,data=2,pipeline=1f1b:3", "auto"))
 
 
-@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS + PIPELINES)
 def test_the_ledger_is_what_the_compiled_step_sends(name: str, layout: str):
     """By kind, axes, dtype and size, each as often. The compiler adds only the scalars of the optimizer's norms."""
     trainer, executable = compiled(name, layout, "manual")
