@@ -46,6 +46,8 @@ def sections(report: Any) -> list[Section]:
     parts = [title, _memory(report)]
     if report.remat:
         parts.append(_remat(report))
+    if report.pipeline is not None:
+        parts += _pipeline(report)
     parts += [_communication(report), _ledger(report), _flops(report)]
     if report.timeline is not None:
         parts.append(_timeline(report))
@@ -131,6 +133,7 @@ def as_dict(report: Any) -> dict[str, Any]:
         },
         "ledger": [_fields(e) | {"bytes": e.bytes, "added": e in report.ledger.added} for e in report.ledger],
         "theory": None if report.theory is None else [_fields(line) for line in report.theory],
+        "pipeline": None if report.pipeline is None else _fields(report.pipeline),
         "remat": {name: {"peak": peak, "recomputed": again} for name, (peak, again) in report.remat.items()},
         "advice": list(report.advice),
         "notes": list(report.notes),
@@ -183,6 +186,10 @@ def _text(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
 def flop(value: float) -> str:
     """FLOPs: "1.08 PFLOP"."""
     return _scaled(value, "FLOP")
@@ -204,6 +211,8 @@ QUANTITIES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], str]]] = {
     },
     "model FLOPs": (lambda report: report.flops.model, flop),
     "recomputed": (lambda report: report.flops.recomputed, flop),
+    "on masked arrays": (lambda report: report.flops.masked, flop),
+    "bubble, of the ideal time": (lambda report: report.pipeline and report.pipeline.bubble, _percent),
     "arithmetic": (_time("arithmetic"), seconds),
     "step, all overlapping": (_time("overlapped"), seconds),
     "step, nothing overlapping": (_time("serial"), seconds),
@@ -251,6 +260,40 @@ def _remat(report: Any) -> Section:
         for name, (peak, again) in report.remat.items()
     )
     return Section("what remat would change", ("remat", ">peak", ">recomputed"), rows)
+
+
+def _pipeline(report: Any) -> list[Section]:
+    cost = report.pipeline
+    one = size(cost.input_bytes)
+
+    def stages(counts: tuple[int, ...]) -> str:
+        return ", ".join(map(str, counts))
+
+    def held(counts: tuple[int, ...]) -> str:
+        least, most = (size(count(counts) * cost.input_bytes) for count in (min, max))
+        return most if least == most else f"{most} to {least}"
+
+    rows = (
+        ("bubble, of the ideal time", _percent(cost.bubble), _percent(cost.bubble_alone)),
+        ("inputs stashed, by stage", stages(cost.stashed), stages(cost.stashed_alone)),
+        ("bytes of them", held(cost.stashed), held(cost.stashed_alone)),
+    )
+    operations = cost.microbatches * cost.chunks
+    notes = [
+        f"every device has room for {cost.slots} inputs of {one}, as all run one program",
+        f"a stage has a forward in {operations} of the {cost.forward_ticks} ticks that have any, a backward in "
+        f"{operations} of {cost.backward_ticks}; in the others it computes on masked arrays, {flop(report.flops.masked)}: "
+        "no model FLOPs, but time and communication",
+        *cost.advice,
+    ]
+    several = f", {cost.chunks} chunks each" if cost.chunks > 1 else ""
+    title = f"pipeline {cost.schedule}: {cost.stages} stages{several}, {cost.microbatches} microbatches, {cost.ticks} ticks"
+    heads = ("", ">in common ticks, as it runs", ">each stage on its own")
+    sent = tuple((what, size(count)) for what, count in cost.sent.items())
+    return [
+        Section(title, heads, rows, tuple(notes)),
+        Section("sent over pipe by one device in one step", ("for", ">bytes"), sent),
+    ]
 
 
 def _communication(report: Any) -> Section:
@@ -303,6 +346,8 @@ def _flops(report: Any) -> Section:
         rows.append(("recomputed in backward", flop(flops.recomputed)))
     if flops.update:
         rows.append(("update", flop(flops.update)))
+    if flops.masked:
+        rows.append(("on masked arrays", flop(flops.masked)))
     rows.append(("all", flop(flops.total)))
     return Section("arithmetic of one device in one step", ("", ">matrix products"), tuple(rows))
 

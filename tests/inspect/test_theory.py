@@ -9,7 +9,7 @@ import pytest
 
 import shardlm as sl
 from shardlm.inspect import ledger, theory
-from tests.train.test_same_numbers import CONFIGS, LAYOUTS
+from tests.train.test_same_numbers import CONFIGS, LAYOUTS, PIPELINES
 
 BATCH, SEQUENCE = 24, 12
 MORE = [
@@ -19,11 +19,16 @@ MORE = [
     ("llama", "data=2,tensor=2,remat=dots,accumulate=3,reduce_gradients=layer"),
     ("gpt", "fsdp=2,tensor=3,remat=full"),
     ("gpt", "data=64,fsdp=8,tensor=6,sequence_parallel,remat=full"),
+    ("llama4", "pipe=4,pipeline=gpipe:6"),
+    ("llama4", "pipe=2,tensor=2,sequence_parallel,pipeline=gpipe:3,remat=full"),
+    ("llama4", "pipe=2,data=2,fsdp=2,zero=2,tensor=2,pipeline=1f1b:3,remat=dots"),
+    ("llama4", "pipe=2,fsdp=4,pipeline=1f1b:2"),
+    ("gpt4", "pipe=4,data=8,fsdp=8,tensor=6,sequence_parallel,pipeline=gpipe:3,remat=full"),
 ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("name", "layout"), LAYOUTS + MORE)
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS + PIPELINES + MORE)
 def test_the_ledger_is_the_textbook(name: str, layout: str, dtype: str):
     config, parsed = dataclasses.replace(CONFIGS[name], dtype=dtype, param_dtype="float32"), sl.Layout.parse(layout)
     trainer = sl.Trainer(config, parsed, devices=parsed.num_devices)
