@@ -6,7 +6,8 @@ no device and no compiler:
 - What only rearranges, or acts element by element, is *fused* into its users and takes no memory of its own. Matrix
   products, collectives, reductions, gathers and loops write their results to memory and read their operands from it. So
   is what is costly (exp, division, ...) and used more than once.
-- A result may take the place of an operand of its size that nothing needs any more; a loop's carry is such a result.
+- A result may take the place of an operand of its size that nothing needs any more; a loop's carry is such a result,
+  outside the loop and from one iteration to the next. A conditional's branch is as if it stood there.
 - What a loop stacks is there from its first iteration to the last use of the stack.
 - A collective along any dim but the first needs a transposed copy while it runs.
 
@@ -80,12 +81,16 @@ class _Variable:
 
 @dataclass(eq=False)
 class _Buffer:
-    """Memory of one array. Not `owned` is what the caller gave, or what another array has taken over."""
+    """Memory of one array. Not `owned` is what the caller gave, or what another array has taken over.
+
+    A loop's carry is `lent` to its body, which may write the next one there: it stays when nothing needs it any more.
+    """
 
     size: int
     owned: bool
     users: int = 0
     kept: bool = False
+    lent: bool = False
 
 
 @dataclass
@@ -122,7 +127,7 @@ class _Memory:
             buffer.users -= 1
             if buffer.users == 0 and buffer.owned:
                 buffer.owned = False
-                self.now -= buffer.size
+                self.now -= 0 if buffer.lent else buffer.size
                 self.kept -= buffer.size if buffer.kept else 0
 
 
@@ -201,20 +206,31 @@ def _inline(jaxpr: Any, inputs: list[_Variable | None], place: Place, program: _
     return [read(atom) for atom in inner.outvars]
 
 
-def _run(program: _Program, place: Place) -> _Memory:
+def _run(program: _Program, place: Place, lent: slice = slice(0, 0)) -> _Memory:
     memory = _Memory()
-    everything = [v for _, operands, results, _ in program.operations for v in (*operands, *results)]
-    for variable in {id(v): v for v in everything if v is not None}.values():
-        variable.left = variable.uses
-    for variable in [*program.inputs, *program.constants]:
-        variable.buffer = _Buffer(variable.size, owned=False, users=1)
-        variable.reads = (variable.buffer,)
+    _start(program)
+    for variable in program.inputs[lent]:
+        variable.reads = memory.hold((_Buffer(variable.size, owned=True, lent=True),))
+        variable.buffer = variable.reads[0]
+        if not variable.uses:
+            memory.release(variable.reads)
     for equation, operands, results, here in program.operations:
         _execute(equation, operands, results, here, memory)
     for variable in program.results:
         if variable is not None and variable.reads is not None:
             _materialise(variable, memory, place.source)
     return memory
+
+
+def _start(program: _Program) -> None:
+    """Sets every array to where nothing has run; inputs and constants are there, and not the program's own."""
+    everything = [v for _, operands, results, _ in program.operations for v in (*operands, *results)]
+    everything += [*program.inputs, *program.results]
+    for variable in {id(v): v for v in everything if v is not None}.values():
+        variable.left, variable.reads, variable.buffer = variable.uses, None, None
+    for variable in [*program.inputs, *program.constants]:
+        variable.buffer = _Buffer(variable.size, owned=False, users=1)
+        variable.reads = (variable.buffer,)
 
 
 def _execute(equation: Any, operands: list[Any], results: list[Any], here: Place, memory: _Memory) -> None:
@@ -224,8 +240,10 @@ def _execute(equation: Any, operands: list[Any], results: list[Any], here: Place
     whole = name in _READS or name.startswith(_ATTENTION)
     if whole or name in _IN_PLACE:
         for variable in read if whole else read[:1]:
-            _materialise(variable, memory, here.source, dying=variable in last)
-    if name in ("scan", "while", "cond", "shard_map"):
+            _materialise(variable, memory, here.source)
+    if name == "cond":
+        _branch(equation, operands, results, here, memory, last)
+    elif name in ("scan", "while", "shard_map"):
         _loop(equation, operands, results, here, memory, last)
     elif name in _VIEWS and operands[0] is not None:
         results[0].reads, results[0].buffer = memory.hold(operands[0].reads), operands[0].buffer
@@ -262,11 +280,40 @@ def _loop(equation: Any, operands: list, results: list, here: Place, memory: _Me
         taken = _take_over(variable.size, [source], memory) if source in last else None
         stacked = name == "scan" and i >= carries and here.phase == "forward"
         _own(variable, taken, memory, here.source, kept=stacked)
+    lent = slice(constants, constants + carries) if name == "scan" else slice(0, 0)
     inner = max(
-        (_run(_flatten(program, around), around) for program, around in inside(equation, here)), key=lambda m: m.peak
+        (_run(_flatten(program, around), around, lent) for program, around in inside(equation, here)),
+        key=lambda m: m.peak,
     )
     memory.reach(memory.now + inner.peak, inner.where, memory.kept + inner.kept_at_peak)
     memory.largest = max(memory.largest, inner.largest)
+
+
+def _branch(equation: Any, operands: list, results: list, here: Place, memory: _Memory, last: list[_Variable]) -> None:
+    """The branch that needs most, in the conditional's place: it may overwrite what nothing needs afterwards."""
+    programs = [_flatten(program, around) for program, around in inside(equation, here)]
+    program = max(programs, key=lambda program: _run(program, here).peak)
+    _start(program)
+    for variable, given in zip(program.inputs, operands[1:], strict=True):
+        variable.buffer = _Buffer(variable.size, owned=False) if given is None else given.buffer
+        variable.reads = memory.hold((variable.buffer,) if given is None else given.reads)
+    for variable in last:
+        memory.release(variable.reads)
+        variable.reads = ()
+    for variable in program.inputs:
+        if not variable.uses:
+            memory.release(variable.reads)
+    for inner, operands, made, place in program.operations:
+        _execute(inner, operands, made, place, memory)
+    for outer, variable in zip(results, program.results, strict=True):
+        if variable is None:
+            _own(outer, None, memory, here.source)
+            continue
+        _materialise(variable, memory, here.source)
+        outer.reads, outer.buffer = memory.hold(variable.reads), variable.buffer
+        variable.left -= 1
+        if variable.left == 0:
+            memory.release(variable.reads)
 
 
 def _counts(scan: Any) -> tuple[int, int]:
@@ -277,16 +324,16 @@ def _counts(scan: Any) -> tuple[int, int]:
     return sum(same) - carries, carries
 
 
-def _materialise(variable: _Variable, memory: _Memory, where: str, dying: bool = False) -> None:
-    """Write to memory what so far was to be fused into its users."""
+def _materialise(variable: _Variable, memory: _Memory, where: str) -> None:
+    """Write to memory what so far was to be fused into its users: over one of its operands that nothing else needs."""
     if variable.buffer is not None:
         return
     reads = variable.reads
     assert reads is not None
-    taken = next((b for b in reads if dying and b.owned and b.size == variable.size and b.users == 1), None)
+    taken = next((b for b in reads if b.owned and b.size == variable.size and b.users == 1), None)
     if taken is not None:
         taken.owned = False
-        variable.buffer = _Buffer(variable.size, True, kept=taken.kept)
+        variable.buffer = _Buffer(variable.size, True, kept=taken.kept, lent=taken.lent)
     else:
         variable.buffer = memory.allocate(variable.size, _shape(variable), where)
     variable.reads = memory.hold((variable.buffer,))
@@ -298,7 +345,7 @@ def _take_over(size: int, candidates: list[_Variable], memory: _Memory) -> _Buff
         buffer = variable.buffer
         if buffer is not None and buffer.owned and buffer.size == size and buffer.users == 1:
             buffer.owned = False
-            return _Buffer(size, True, kept=buffer.kept)
+            return _Buffer(size, True, kept=buffer.kept, lent=buffer.lent)
     return None
 
 

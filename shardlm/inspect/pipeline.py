@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from shardlm.dims import Split
 from shardlm.inspect.flops import of_equation
 from shardlm.inspect.program import Program
+from shardlm.inspect.render import Section, flop, percent, size
 from shardlm.inspect.walk import Place, equations
 from shardlm.layout import Axis, Layout
 from shardlm.parallel.pipeline.schedule import orders
@@ -61,6 +62,37 @@ class PipelineCost:
     times: Mapping[str, float]
     sent: Mapping[str, float]
     advice: tuple[str, ...] = ()
+
+    def sections(self, masked: float) -> list[Section]:
+        """Its tables in a report; `masked` are the FLOPs that a device computes for nothing."""
+
+        def stages(counts: tuple[int, ...]) -> str:
+            return ", ".join(map(str, counts))
+
+        def held(counts: tuple[int, ...]) -> str:
+            return " to ".join(dict.fromkeys(size(function(counts) * self.input_bytes) for function in (max, min)))
+
+        rows = (
+            ("bubble, of the ideal time", percent(self.bubble), percent(self.bubble_alone)),
+            ("inputs stashed, by stage", stages(self.stashed), stages(self.stashed_alone)),
+            ("bytes of them", held(self.stashed), held(self.stashed_alone)),
+        )
+        each = self.microbatches * self.chunks
+        notes = (
+            f"every device has room for {self.slots} inputs of {size(self.input_bytes)}, as all run one program",
+            f"a stage has a forward in {each} of the {self.forward_ticks} ticks that have any, a backward in {each} of "
+            f"{self.backward_ticks}; in the others it computes on masked arrays, {flop(masked)}: no model FLOPs, but time "
+            "and communication",
+            *self.advice,
+        )
+        several = f", {self.chunks} chunks each" if self.chunks > 1 else ""
+        title = f"{self.stages} stages{several}, {self.microbatches} microbatches, {self.ticks} ticks"
+        heads = ("", ">in common ticks, as it runs", ">each stage on its own")
+        sent = tuple((what, size(count)) for what, count in self.sent.items())
+        return [
+            Section(f"pipeline {self.schedule}: {title}", heads, rows, notes),
+            Section("sent over pipe by one device in one step", ("for", ">bytes"), sent),
+        ]
 
 
 @functools.lru_cache(maxsize=16)

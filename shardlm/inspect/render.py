@@ -47,7 +47,7 @@ def sections(report: Any) -> list[Section]:
     if report.remat:
         parts.append(_remat(report))
     if report.pipeline is not None:
-        parts += _pipeline(report)
+        parts += report.pipeline.sections(report.flops.masked)
     parts += [_communication(report), _ledger(report), _flops(report)]
     if report.timeline is not None:
         parts.append(_timeline(report))
@@ -186,7 +186,8 @@ def _text(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A ratio: "36.4%"."""
     return "-" if value is None else f"{value:.1%}"
 
 
@@ -212,7 +213,7 @@ QUANTITIES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], str]]] = {
     "model FLOPs": (lambda report: report.flops.model, flop),
     "recomputed": (lambda report: report.flops.recomputed, flop),
     "on masked arrays": (lambda report: report.flops.masked, flop),
-    "bubble, of the ideal time": (lambda report: report.pipeline and report.pipeline.bubble, _percent),
+    "bubble, of the ideal time": (lambda report: report.pipeline and report.pipeline.bubble, percent),
     "arithmetic": (_time("arithmetic"), seconds),
     "step, all overlapping": (_time("overlapped"), seconds),
     "step, nothing overlapping": (_time("serial"), seconds),
@@ -260,40 +261,6 @@ def _remat(report: Any) -> Section:
         for name, (peak, again) in report.remat.items()
     )
     return Section("what remat would change", ("remat", ">peak", ">recomputed"), rows)
-
-
-def _pipeline(report: Any) -> list[Section]:
-    cost = report.pipeline
-    one = size(cost.input_bytes)
-
-    def stages(counts: tuple[int, ...]) -> str:
-        return ", ".join(map(str, counts))
-
-    def held(counts: tuple[int, ...]) -> str:
-        least, most = (size(count(counts) * cost.input_bytes) for count in (min, max))
-        return most if least == most else f"{most} to {least}"
-
-    rows = (
-        ("bubble, of the ideal time", _percent(cost.bubble), _percent(cost.bubble_alone)),
-        ("inputs stashed, by stage", stages(cost.stashed), stages(cost.stashed_alone)),
-        ("bytes of them", held(cost.stashed), held(cost.stashed_alone)),
-    )
-    operations = cost.microbatches * cost.chunks
-    notes = [
-        f"every device has room for {cost.slots} inputs of {one}, as all run one program",
-        f"a stage has a forward in {operations} of the {cost.forward_ticks} ticks that have any, a backward in "
-        f"{operations} of {cost.backward_ticks}; in the others it computes on masked arrays, {flop(report.flops.masked)}: "
-        "no model FLOPs, but time and communication",
-        *cost.advice,
-    ]
-    several = f", {cost.chunks} chunks each" if cost.chunks > 1 else ""
-    title = f"pipeline {cost.schedule}: {cost.stages} stages{several}, {cost.microbatches} microbatches, {cost.ticks} ticks"
-    heads = ("", ">in common ticks, as it runs", ">each stage on its own")
-    sent = tuple((what, size(count)) for what, count in cost.sent.items())
-    return [
-        Section(title, heads, rows, tuple(notes)),
-        Section("sent over pipe by one device in one step", ("for", ">bytes"), sent),
-    ]
 
 
 def _communication(report: Any) -> Section:
