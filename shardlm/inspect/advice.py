@@ -51,14 +51,13 @@ def fitting(program: Program, variant: Variant, needs: Memory, hardware: Hardwar
         lines.append(
             f"tight: a compiler may need {MARGIN:.0%} more than predicted, and only {render.size(room - peak)} are left"
         )
-    layout, config, changes = program.layout, program.config, []
+    layout, config, changes = program.layout, program.config, {}
     for text, layout, config in _changes(program):
-        changes.append(text)
         try:
             other = variant(layout, config)
         except LayoutError:
-            changes.pop()
             continue
+        changes[text.partition("=")[0]] = text  # a setting's last value alone
         found = memory.of(other).peak
         assert found is not None
         if found <= room * (1 - MARGIN):
@@ -69,12 +68,12 @@ def fitting(program: Program, variant: Variant, needs: Memory, hardware: Hardwar
                 "" if attention == program.config.attention.implementation else f" --attention {attention}"
             )
             lines.append(
-                f"{' and '.join(changes)} would bring it to {render.size(found)}{extra}: "
+                f"{' and '.join(changes.values())} would bring it to {render.size(found)}{extra}: "
                 f"--layout {layout}{other_attention}"
             )
             return tuple(lines)
     if changes:
-        lines.append(f"{' and '.join(changes)} together are not enough")
+        lines.append(f"{' and '.join(changes.values())} together are not enough")
     held = f"parameters and optimizer state take {render.size(needs.state)} on each"
     whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(program.state))
     lines.append(
@@ -96,7 +95,8 @@ def with_bubble(program: Program, cost: PipelineCost | None) -> PipelineCost | N
     if cost is None or cost.bubble <= BUBBLE:
         return cost
     layout, rows = program.layout, program.batch_size // program.layout.batch_shards
-    now = f"a bubble of {cost.bubble:.1%} of the ideal time with microbatches of {rows // cost.microbatches} rows"
+    each = rows // cost.microbatches
+    now = f"a bubble of {cost.bubble:.1%} of the ideal time with microbatches of {each} row{'s' if each > 1 else ''}"
     counts = [n for n in range(cost.microbatches + 1, rows + 1) if rows % n == 0]
     enough = [n for n in counts if cost.bubble * cost.microbatches / n <= BUBBLE]
     for count in [*enough, *reversed(counts)]:
@@ -133,7 +133,7 @@ def _changes(program: Program) -> Iterator[tuple[str, Layout, Any]]:
             yield f"accumulate={count}", layout, config
         elif (more := _with_microbatches(layout, count)) is not None:
             layout = more
-            yield f"{count} microbatches", layout, config
+            yield f"microbatches={count}", layout, config
 
 
 def _with_microbatches(layout: Layout, count: int) -> Layout | None:

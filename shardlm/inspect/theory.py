@@ -184,5 +184,5 @@ def _stages(lines: _Lines, config: Any, layout: Layout, tokens: int, table: Tabl
     held = tokens * config.d_model // (layout.tensor if layout.sequence_parallel else 1)
     lines.add("activations to the next stage", "collective-permute", axes, int(table.sends_activation.sum()) * held, own)
     lines.add("gradients to the one before", "collective-permute", axes, int(table.sends_gradient.sum()) * held, own)
-    lines.add("the last stage's output, to the head", "all-reduce", axes, table.microbatches * held, wide)
+    lines.add("last stage's output, to all", "all-reduce", axes, table.microbatches * held, wide)
     lines.add("gradient of the embedding, to all", "all-reduce", axes, table.microbatches * held, wide)
