@@ -75,6 +75,14 @@ def _notes(layout: Any, config: Any) -> list[str]:
         notes.append(f"reduce_gradients {when}: {REDUCE_GRADIENTS[when]}")
     if config is None:
         return notes
+    if layout.pipeline is not None:
+        counts = layout.pipeline.counts(config.num_layers, layout.pipe)
+        rows = max(counts) * len(counts)
+        if rows != config.num_layers:
+            notes.append(
+                f"layers of each piece: {', '.join(map(str, counts))}; {rows - config.num_layers} of {rows} rows of "
+                "layers are padding, which takes memory and time and computes the identity"
+            )
     if config.num_kv_heads < layout.tensor:
         notes.append(
             f"kv heads {config.num_kv_heads} < tensor {layout.tensor}: every device of the tensor axis stores the "

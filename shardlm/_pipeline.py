@@ -1,21 +1,27 @@
 """How a layout says what its pipeline does; `shardlm/parallel/pipeline` does it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from shardlm._errors import LayoutError, is_int, raise_all
 
+NAMES = ("1f1b", "gpipe", "interleaved")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """How the stages of a pipeline take turns.
+    """How the stages of a pipeline take turns, and which layers they hold.
 
     Attributes:
-        schedule: "1f1b", "gpipe", or a function (stages, microbatches, chunks) -> each stage's list of operations
-            (`shardlm.parallel.pipeline`). "interleaved" and "zb-h1" can be drawn and simulated, and are not run yet.
-        microbatches: into how many parts the rows of a step are cut.
-        chunks: pieces of the model per stage; only 1 is run yet.
+        schedule: "1f1b", "gpipe", "interleaved", or a function (stages, microbatches, chunks) -> each stage's list of
+            operations (`shardlm.parallel.pipeline`). "zb-h1" can be drawn and simulated, and is not run yet.
+        microbatches: into how many parts the rows of a step are cut; "interleaved" takes a multiple of the stages.
+        chunks: pieces of the model per stage, dealt out in turn: piece g is on stage g mod p. Several need
+            "interleaved", or a function. Their layers are stored with a leading dim of chunks.
+        layers: how many layers each of the stages * chunks pieces has, in the model's order; None is as even as can be.
+            Pieces of fewer layers than the largest are padded to it with layers that compute the identity, so each
+            costs the memory and the time of the largest. `parallel.pipeline.layers_by_cost` makes a list.
 
     Raises:
         LayoutError: a setting out of range, or not available yet.
@@ -24,28 +30,84 @@ class Pipeline:
     schedule: str | Callable[..., Any] = "1f1b"
     microbatches: int = 8
     chunks: int = 1
+    layers: Sequence[int] | None = None
 
     def __post_init__(self):
         problems = []
-        if isinstance(self.schedule, str) and self.schedule in ("interleaved", "zb-h1"):
-            problems.append(f"schedule={self.schedule!r} is not run yet; '1f1b' and 'gpipe' are, and functions")
-        elif self.schedule not in ("1f1b", "gpipe") and not callable(self.schedule):
-            problems.append(f"schedule={self.schedule!r} is not '1f1b' or 'gpipe', nor a function")
+        if self.schedule == "zb-h1":
+            problems.append(f"schedule={self.schedule!r} is not run yet; {_legal()} are, and functions")
+        elif self.schedule not in NAMES and not callable(self.schedule):
+            problems.append(f"schedule={self.schedule!r} is not one of {_legal()}, nor a function")
         for name in ("microbatches", "chunks"):
             if not is_int(value := getattr(self, name)) or value < 1:
                 problems.append(f"{name}={value!r} is not a positive integer")
-        if self.chunks != 1 and not problems:
-            problems.append(f"chunks={self.chunks}: several chunks per stage are not available yet; use chunks=1")
+        if not problems and self.schedule in ("1f1b", "gpipe") and self.chunks != 1:
+            problems.append(
+                f"chunks={self.chunks}: schedule {self.schedule!r} has one chunk per stage; 'interleaved' has several"
+            )
+        problems += self._listed_problems()
         raise_all("this pipeline cannot be", problems)
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(int(n) for n in self.layers))  # hashable, as a layout is
+
+    def _listed_problems(self) -> list[str]:
+        if self.layers is None:
+            return []
+        listed = isinstance(self.layers, Sequence) and not isinstance(self.layers, str)
+        if not listed or not all(is_int(n) and n >= 0 for n in self.layers) or not any(self.layers):
+            return [
+                f"layers={self.layers!r} is not a list of how many layers each piece has, as in layers=(3, 4, 4, 3)"
+            ]
+        return []
+
+    def counts(self, num_layers: int, stages: int) -> tuple[int, ...]:
+        """Layers of each of the stages * chunks pieces of a model, in its order."""
+        return even(num_layers, stages * self.chunks) if self.layers is None else tuple(self.layers)
+
+    def layers_problems(self, num_layers: int, stages: int) -> list[str]:
+        """What is wrong with `layers` for a model of so many."""
+        pieces, given = stages * self.chunks, self.layers
+        if given is None or (len(given) == pieces and sum(given) == num_layers):
+            return []
+        return [
+            f"pipeline layers={given} are {sum(given)} layers in {len(given)} pieces, but there are "
+            f"num_layers={num_layers} and pipe={stages} x chunks={self.chunks} = {pieces} pieces: the default is "
+            f"layers={even(num_layers, pieces)}"
+        ]
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The pipeline that "1f1b:8" describes: a schedule and, after a colon, the number of microbatches."""
-        schedule, _, count = text.partition(":")
-        if count and not count.isdecimal():
-            raise LayoutError(f"pipeline={text!r}: after the colon goes the number of microbatches, as in 1f1b:8")
-        return cls(schedule=schedule, **({"microbatches": int(count)} if count else {}))
+        """The pipeline that a text describes: "schedule:microbatches:chunks:layers", as "1f1b:8" or "1f1b:8:1:3+4+4+3".
+
+        What follows the schedule may be left out from the right.
+        """
+        schedule, *rest = text.split(":")
+        numbers = [part for item in rest for part in item.split("+")]
+        if len(rest) > 3 or not all(part.isdecimal() for part in numbers) or any("+" in item for item in rest[:2]):
+            raise LayoutError(
+                f"pipeline={text!r}: after the schedule go the numbers of microbatches, of chunks, and of layers of "
+                "each piece, separated by colons, as in 1f1b:8, interleaved:8:2 or 1f1b:8:1:3+4+4+3"
+            )
+        settings: dict[str, Any] = dict(zip(("microbatches", "chunks"), map(int, rest[:2]), strict=False))
+        if len(rest) == 3:
+            settings["layers"] = tuple(map(int, rest[2].split("+")))
+        return cls(schedule=schedule, **settings)
 
     def __str__(self) -> str:
         name = self.schedule if isinstance(self.schedule, str) else getattr(self.schedule, "__name__", "own")
-        return f"{name}:{self.microbatches}"
+        parts = [name, str(self.microbatches)]
+        if self.chunks > 1 or self.layers is not None:
+            parts.append(str(self.chunks))
+        if self.layers is not None:
+            parts.append("+".join(map(str, self.layers)))
+        return ":".join(parts)
+
+
+def even(num_layers: int, pieces: int) -> tuple[int, ...]:
+    """Layers of each piece, as even as can be; the last pieces get one more, as the first stages stash most."""
+    least, more = divmod(num_layers, pieces)
+    return tuple(least + (piece >= pieces - more) for piece in range(pieces))
+
+
+def _legal() -> str:
+    return ", ".join(map(repr, NAMES))

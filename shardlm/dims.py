@@ -13,7 +13,9 @@ from jax.sharding import PartitionSpec
 
 from shardlm.layout import Axis, Layout, LayoutError
 
-PARAMETER_DIMS = ("layer", "vocab", "embed", "head", "kv_head", "head_dim", "mlp", "expert")
+PARAMETER_DIMS = ("chunk", "layer", "vocab", "embed", "head", "kv_head", "head_dim", "mlp", "expert")
+STACKED = ("chunk", "layer")
+"""The leading dims of what the stacked layers hold; a device uses one layer of it at a time."""
 ACTIVATION_DIMS = ("batch", "sequence")
 
 Dims = tuple[str | None, ...]
@@ -42,6 +44,11 @@ class Split:
     zero_axes: tuple[str, ...]
     zero_dim: int | None
     stored_sharded: bool
+
+    @property
+    def stacked(self) -> int:
+        """How many of the dims stack layers."""
+        return sum(dim in STACKED for dim in self.dims)
 
     @property
     def whole(self) -> PartitionSpec:
@@ -94,6 +101,7 @@ class DimTable:
         rules = {
             "batch": live(Axis.DATA, Axis.FSDP, Axis.EXPERT),
             "sequence": live(Axis.CONTEXT),
+            "chunk": (),
             "layer": live(Axis.PIPE),
             "vocab": live(Axis.PIPE, Axis.TENSOR),
             "embed": (),
@@ -180,7 +188,7 @@ class DimTable:
         if count == 1:
             return None
         local = [n // self._count(axes) for n, axes in zip(shape, model, strict=True)]
-        fits = [i for i, dim in enumerate(dims) if dim != "layer" and local[i] % count == 0]
+        fits = [i for i, dim in enumerate(dims) if dim not in STACKED and local[i] % count == 0]
         embed = [i for i in fits if dims[i] == "embed"]
         return embed[0] if embed else max(fits, key=lambda i: local[i], default=None)
 

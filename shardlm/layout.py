@@ -210,6 +210,8 @@ class Layout:
             problems.append(f"pipeline={self.pipeline} has no effect on pipe=1: set pipe to 2 or more, or leave it out")
         if self.pipeline is not None and not isinstance(self.pipeline, Pipeline):
             problems.append(f"pipeline={self.pipeline!r} is not a Pipeline")
+        if isinstance(self.pipeline, Pipeline) and self.pipeline.schedule == "interleaved" and self.pipe > 1:
+            problems += filter(None, [_divides("microbatches", self.pipeline.microbatches, Axis.PIPE, self.pipe)])
         if self.pipe != 1 and self.accumulate != 1:
             problems.append(
                 f"accumulate={self.accumulate} with pipe={self.pipe}: a pipeline accumulates over its own "
@@ -299,8 +301,9 @@ class Layout:
             _divides("d_ff", config.d_ff, Axis.TENSOR, tensor),
             # Every zero level splits at least the optimizer state, along the embed dim.
             _divides("d_model", config.d_model, Axis.FSDP, self.fsdp),
-            _divides("num_layers", config.num_layers, Axis.PIPE, self.pipe),
         ]
+        if self.pipeline is not None:
+            problems += self.pipeline.layers_problems(config.num_layers, self.pipe)
         kv = config.num_kv_heads
         if kv % tensor and tensor % kv:
             legal = [n for n in _divisors(config.num_heads) if kv % n == 0 or n % kv == 0]

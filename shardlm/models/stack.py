@@ -1,6 +1,5 @@
 """Running a stack of equal layers: one scan over their stacked parameters, and what the caller may change about it."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from shardlm.parallel import remat
 
 @dataclass(frozen=True)
 class Execution:
-    """How a call of the model is executed; but for `layers` it changes nothing in what is computed.
+    """How a call of the model is executed; it changes nothing in what is computed.
 
     Attributes:
         remat: what a layer keeps for its backward, a name of `parallel.remat`.
@@ -23,18 +22,12 @@ class Execution:
         prepare: makes one layer's parameters ready for use from (its parameters as the module holds them, its slice of
             `beside`). ZeRO gathers here.
         beside: a tree of arrays with a leading layer dim, scanned beside the parameters.
-        layers: stop after so many layers (an integer scalar, which may be traced); None runs all.
     """
 
     remat: str = "none"
     sequence_parallel: bool = False
     prepare: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None
     beside: Any = None
-    layers: Array | None = None
-
-    def stopping(self, layers: Array) -> "Execution":
-        """The same, stopping after so many layers."""
-        return dataclasses.replace(self, layers=layers)
 
 
 PLAIN = Execution()
@@ -46,6 +39,7 @@ def scan_layers(
     apply: Callable[[Any, Array, Any], Array],
     per_layer: Any,
     execution: Execution,
+    runs: Array | None = None,
 ) -> Array:
     """Run stacked layers one after another.
 
@@ -55,9 +49,10 @@ def scan_layers(
         apply: (one layer as a module, x, its slice of `per_layer`) -> x of the same shape.
         per_layer: a tree of arrays with a leading layer dim, such as window sizes.
         execution: see there.
+        runs: bool[layers], which layers to run; past the others x goes unchanged. None: all.
 
     Returns:
-        What the last layer returned, or the one at which `execution.layers` stops.
+        What the last layer returned.
     """
     graph, state = nnx.split(layers)
     parameters = nnx.to_pure_dict(state)
@@ -71,17 +66,9 @@ def scan_layers(
     if execution.remat != "none" or execution.prepare is not None:
         layer = jax.checkpoint(layer, policy=remat.policy(execution.remat), prevent_cse=False)
 
-    def body(x: Array, inputs: Any) -> tuple[Array, None]:
-        return layer(x, *inputs), None
+    def body(x: Array, given: tuple[Any, Array | None]) -> tuple[Array, None]:
+        inputs, run = given
+        # Every device computes every layer, as communication in a branch may hang; the result is dropped.
+        return (layer(x, *inputs) if run is None else jnp.where(run, layer(x, *inputs), x)), None
 
-    layers_run = execution.layers
-    if layers_run is None:
-        return jax.lax.scan(body, x, (parameters, execution.beside, per_layer))[0]
-
-    def counted(carry: tuple[Array, Array], inputs: Any) -> tuple[tuple[Array, Array], None]:
-        x, done = carry
-        # Every device runs every layer, as communication in a branch may hang; the result is dropped.
-        return (jnp.where(done < layers_run, layer(x, *inputs), x), done + 1), None
-
-    start = (x, jnp.zeros((), jnp.int32))
-    return jax.lax.scan(counted, start, (parameters, execution.beside, per_layer))[0][0]
+    return jax.lax.scan(body, x, ((parameters, execution.beside, per_layer), runs))[0]

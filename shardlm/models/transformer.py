@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -57,6 +58,12 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Token ids to logits: embed, `num_layers` stacked blocks under one scan, a norm, and the head.
 
+    Args:
+        config: what it is.
+        rngs: keys for the initial values.
+        rows: which layer each row of the stacked parameters is, int[rows] or int[chunks, rows], each with the initial
+            values of its layer, or of any where it is -1. None: all layers, in order; others are for `run` alone.
+
     Attributes:
         config: what it is.
         embedding, positions, layers, final_norm, head: its parts; `layers` holds every block's parameters stacked on a
@@ -71,19 +78,20 @@ class Transformer(nnx.Module):
         (1, 16, 257)
     """
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, rows: np.ndarray | None = None):
         self.config = config
         self.embedding = embedding.Table(config, rngs=rngs)
         positions = config.positions
         learned = isinstance(positions, LearnedPositions)
         self.positions = embedding.PositionTable(positions, config, rngs=rngs) if learned else None
 
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layer"})
-        def stacked(rngs: nnx.Rngs) -> Block:
-            return Block(config, rngs=rngs)
-
-        self.layers = stacked(rngs)
+        rows = np.arange(config.num_layers) if rows is None else rows
+        graph, keys = nnx.split(rngs.split(config.num_layers))
+        keys = jax.tree.map(lambda key: key[np.maximum(rows, 0)], keys)
+        stacked = lambda rngs: Block(config, rngs=rngs)  # noqa: E731
+        for dim in ("layer", "chunk")[: rows.ndim]:
+            stacked = nnx.vmap(stacked, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: dim})
+        self.layers = stacked(nnx.merge(graph, keys))
         self.final_norm = Normalize(config.norm, "embed", config.d_model, config.param_dtype)
         self.head = None if config.tied else embedding.Table(config, rngs=rngs)
 
@@ -118,10 +126,17 @@ class Transformer(nnx.Module):
         positions: Array | None = None,
         dropout: Dropout | None = None,
         execution: Execution = PLAIN,
+        runs: Array | None = None,
     ) -> Array:
-        """The last block's output: [batch, sequence, embed], as the residual stream is. Arguments as of a call."""
+        """The last block's output: [batch, sequence, embed], as the residual stream is; arguments as of a call.
+
+        Args:
+            tokens, segments, positions, dropout: see there.
+            execution: how.
+            runs: bool[layers], past which layers x goes unchanged, where False. None: past none.
+        """
         x, dropout = self.embed(tokens, positions, dropout, execution)
-        return self.run(x, segments=segments, positions=positions, dropout=dropout, execution=execution)
+        return self.run(x, segments=segments, positions=positions, dropout=dropout, execution=execution, runs=runs)
 
     def embed(
         self, tokens: Array, positions: Array | None, dropout: Dropout | None, execution: Execution = PLAIN
@@ -161,6 +176,7 @@ class Transformer(nnx.Module):
         dropout: Dropout | None,
         execution: Execution = PLAIN,
         layers: Array | None = None,
+        runs: Array | None = None,
     ) -> Array:
         """The layers held here, one after another: x[batch, sequence, embed], as the residual stream is, to the same.
 
@@ -170,6 +186,7 @@ class Transformer(nnx.Module):
             dropout: of `dropout_of`.
             execution: see there.
             layers: int32[layers held], which of the model's they are; None: all, in order.
+            runs: bool[layers held], past which x goes unchanged, where False. None: past none.
         """
         c = self.config
         # Whole along the sequence, also where the residual stream is split: attention sees all of it.
@@ -197,7 +214,7 @@ class Transformer(nnx.Module):
         }
         if layers is not None:
             per_layer = {name: table[layers] for name, table in per_layer.items()}
-        return scan_layers(self.layers, x, apply, per_layer, execution)
+        return scan_layers(self.layers, x, apply, per_layer, execution, runs)
 
     def logits(self, x: Array) -> Array:
         """`hidden`'s result to logits over the padded vocabulary, or over the part of it that this device holds."""
@@ -215,13 +232,17 @@ class Transformer(nnx.Module):
         return [rotations(rope, c.head_dim, positions, wide) for rope in kinds]
 
 
-def parameter_dims(config: TransformerConfig) -> tuple[Any, dict, dict]:
+def parameter_dims(config: TransformerConfig, rows: np.ndarray | None = None) -> tuple[Any, dict, dict]:
     """The model's structure, and of each parameter its shape and the names of its dims; nothing is allocated.
+
+    Args:
+        config: the model.
+        rows: as of `Transformer`.
 
     Returns:
         The NNX graph definition, and two nested dicts alike: `jax.ShapeDtypeStruct`s, and (shape, dims) pairs.
     """
-    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rows=rows)))
     shapes = nnx.to_pure_dict(state)
     flat = {path: variable for path, variable in nnx.to_flat_state(state)}
     dims: dict[str, Any] = {}

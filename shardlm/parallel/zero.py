@@ -70,7 +70,7 @@ class Plan:
     @property
     def in_layers(self) -> bool:
         """Whether it belongs to the stacked layers, and is used one layer at a time."""
-        return "layer" in self.split.dims
+        return self.split.stacked > 0
 
 
 def plan(split: Split, layout: Layout, dtype: str) -> Plan:
@@ -115,7 +115,7 @@ def use(shard: Array, whole: Array | None, plan: Plan) -> Array:
         whole: `whole`'s result, or one layer of it, where `plan.has_placeholder`; else None.
         plan: a plan with `per_use`.
     """
-    dim = None if plan.split.zero_dim is None else plan.split.zero_dim - plan.in_layers
+    dim = None if plan.split.zero_dim is None else plan.split.zero_dim - plan.split.stacked
     now = tuple(axis for axis in plan.summed if axis not in plan.late)
 
     @jax.custom_vjp

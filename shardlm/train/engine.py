@@ -27,7 +27,8 @@ from shardlm.models.dropout import Dropout
 from shardlm.models.stack import Execution
 from shardlm.models.transformer import Transformer, parameter_dims
 from shardlm.parallel import tensor, zero
-from shardlm.train import pipelined
+from shardlm.parallel.pipeline.stages import Stages
+from shardlm.train import arrange, pipelined
 from shardlm.train.loss import loss_sum, nll_sum
 
 Parameters = dict[str, Any]
@@ -47,6 +48,7 @@ class Plan:
 
     Attributes:
         config, layout, mesh: what was asked for, the layout's sizes resolved.
+        stages: which layers each stage of a pipeline holds, and how they are stored.
         table: the dims' rules.
         graph: the model's NNX graph definition.
         shapes: its parameters as `jax.ShapeDtypeStruct`s, a nested dict.
@@ -56,6 +58,7 @@ class Plan:
     config: TransformerConfig
     layout: Layout
     mesh: Mesh | AbstractMesh
+    stages: Stages
     table: DimTable
     graph: Any
     shapes: Parameters
@@ -64,9 +67,15 @@ class Plan:
     @classmethod
     def of(cls, config: TransformerConfig, layout: Layout, mesh: Mesh | AbstractMesh) -> "Plan":
         """Plan `config` on `layout`; raises `LayoutError` where a dim does not divide."""
-        graph, shapes, dims = parameter_dims(config)
+        stages = Stages.of(layout, config.num_layers)
+        graph, shapes, dims = parameter_dims(config, stages.rows)
         table = DimTable.of(layout, config.num_kv_heads)
-        return cls(config, layout, mesh, table, graph, shapes, flatten(table.splits(dims)))
+        return cls(config, layout, mesh, stages, table, graph, shapes, flatten(table.splits(dims)))
+
+    @property
+    def in_order(self) -> dict[str, Split]:
+        """The splits of parameters as `arrange.gathered` gives them, their layers in the model's order."""
+        return {path: arrange.split_in_order(split, self.stages) for path, split in self.splits.items()}
 
     def shardings(self, which: str) -> Parameters:
         """A sharding for each parameter: `"stored"`, `"sharded"` (as gradients and optimizer state) or `"whole"`."""
@@ -131,7 +140,7 @@ def evaluate(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, Array]]
     def function(parameters: Parameters, batch: dict[str, Array]) -> tuple[Array, Array]:
         batch = _widen(plan.config, batch)
         if engine == "auto":
-            return loss_sum(merge(plan.graph, parameters), batch), batch["weights"].sum()
+            return loss_sum(_plainly(plan)(flatten(parameters))[0], batch), batch["weights"].sum()
         return _manual(plan, local, batch, (PartitionSpec(), PartitionSpec()))(flatten(parameters), batch)
 
     return function
@@ -262,7 +271,7 @@ def _manual_step(plan: Plan, parameters: dict[str, Array], batch: dict[str, Arra
     def local(stored: dict[str, Array], batch: dict[str, Array], key: Array):
         ready, begun = _prepare(plan, stored)
         if plan.layout.pipe > 1:
-            total, grads = pipelined.accumulate(plan.config, plan.layout, ready, begun, batch, key)
+            total, grads = pipelined.accumulate(plan.config, plan.layout, plan.stages, ready, begun, batch, key)
         else:
             total, grads = _accumulate(plan, ready, begun, batch, key)
         with jax.named_scope("backward"):
@@ -281,7 +290,11 @@ def _auto_step(plan: Plan, parameters: dict[str, Array], batch: dict[str, Array]
 
 
 def _plainly(plan: Plan) -> Ready:
-    return lambda parameters: (merge(plan.graph, unflatten(parameters)), Execution(remat=plan.layout.remat))
+    def ready(parameters: dict[str, Array]) -> tuple[Transformer, Execution]:
+        ordered = arrange.in_order(unflatten(parameters), plan.stages)
+        return merge(plan.graph, ordered), Execution(remat=plan.layout.remat)
+
+    return ready
 
 
 def _hidden(
@@ -295,7 +308,7 @@ def _hidden(
 ) -> Array:
     """The last layer's output, or that after `layers` of them, with the dropout of `key`."""
     if piped and plan.layout.pipe > 1:
-        return pipelined.hidden(plan.config, plan.layout, ready, begun, batch, key, layers)
+        return pipelined.hidden(plan.config, plan.layout, plan.stages, ready, begun, batch, key, layers)
     model, execution = ready(begun)
     rate = plan.config.dropout
     return model.hidden(
@@ -303,7 +316,8 @@ def _hidden(
         segments=batch.get("segments"),
         positions=batch.get("positions"),
         dropout=Dropout(rate, key, batch["rows"], batch["columns"]) if rate and key is not None else None,
-        execution=execution if layers is None else execution.stopping(layers),
+        execution=execution,
+        runs=None if layers is None else jnp.arange(plan.config.num_layers) < layers,
     )
 
 

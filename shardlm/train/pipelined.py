@@ -15,6 +15,7 @@ from shardlm.models.stack import Execution
 from shardlm.models.transformer import Transformer
 from shardlm.parallel import tensor
 from shardlm.parallel.pipeline.execute import Model, execute, forward
+from shardlm.parallel.pipeline.stages import Stages
 from shardlm.parallel.pipeline.ticks import make_table
 from shardlm.train.loss import nll_sum
 
@@ -28,6 +29,7 @@ _BATCH_AXES = (Axis.DATA, Axis.FSDP, Axis.EXPERT, Axis.CONTEXT)
 def accumulate(
     config: TransformerConfig,
     layout: Layout,
+    stages: Stages,
     ready: Build,
     parameters: dict[str, Array],
     batch: dict[str, Array],
@@ -36,7 +38,7 @@ def accumulate(
     """Sum of losses, and its gradient in at least float32, over the microbatches of the batch held here.
 
     Args:
-        config, layout: what is run; the layout has several stages.
+        config, layout, stages: what is run; the layout has several stages.
         ready: builds the model.
         parameters: by path; of the layers this stage's.
         batch: a device's rows of it, with `rows` and `columns`.
@@ -44,16 +46,17 @@ def accumulate(
     """
     pipeline = layout.pipeline
     assert pipeline is not None
-    model = _model(config, layout, ready, parameters, batch, key, pipeline.microbatches, None)
+    model = _model(config, layout, stages, ready, parameters, batch, key, pipeline.microbatches, None)
     table = make_table(pipeline.schedule, layout.pipe, pipeline.microbatches, pipeline.chunks)
     start = collectives.mark_varying(jnp.zeros((), jnp.promote_types(config.dtype, jnp.float32)), _BATCH_AXES)
     total, outer, inner = execute(model, table, start)
-    return total, {**outer, **inner}
+    return total, {**outer, **(inner if stages.chunks > 1 else {path: x[0] for path, x in inner.items()})}
 
 
 def hidden(
     config: TransformerConfig,
     layout: Layout,
+    stages: Stages,
     ready: Build,
     parameters: dict[str, Array],
     batch: dict[str, Array],
@@ -69,14 +72,15 @@ def hidden(
     assert layout.pipeline is not None
     rows = batch["tokens"].shape[0]
     count = max(n for n in range(1, layout.pipeline.microbatches + 1) if rows % n == 0)
-    model = _model(config, layout, ready, parameters, batch, key, count, layers)
-    parts = forward(model, layout.pipe, count)
+    model = _model(config, layout, stages, ready, parameters, batch, key, count, layers)
+    parts = forward(model, layout.pipe, stages.chunks, count)
     return parts.swapaxes(0, 1).reshape(rows, *parts.shape[2:])
 
 
 def _model(
     config: TransformerConfig,
     layout: Layout,
+    stages: Stages,
     ready: Build,
     parameters: dict[str, Array],
     batch: dict[str, Array],
@@ -87,13 +91,14 @@ def _model(
     """The model as the executor needs it, on `count` microbatches; microbatch k takes every count-th row."""
     outer = {path: x for path, x in parameters.items() if not path.startswith(_LAYERS)}
     inner = {path: x for path, x in parameters.items() if path.startswith(_LAYERS)}
+    if stages.chunks == 1:
+        inner = {path: x[None] for path, x in inner.items()}
     rowwise = {name: x for name, x in batch.items() if name != "columns"}
-    microbatches = {name: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for name, x in rowwise.items()}
-    held = config.num_layers // layout.pipe
-    first = collectives.index(Axis.PIPE) * held
+    microbatches = {name: x.reshape(-1, count, *x.shape[1:]) for name, x in rowwise.items()}
+    held = jnp.asarray(stages.of_stage())[collectives.index(Axis.PIPE)]
 
     def of(number: Array) -> tuple[dict[str, Array], Dropout | None]:
-        one = {name: jax.lax.dynamic_index_in_dim(x, number, keepdims=False) for name, x in microbatches.items()}
+        one = {name: jax.lax.dynamic_index_in_dim(x, number, 1, keepdims=False) for name, x in microbatches.items()}
         if not config.dropout or key is None:
             return one, None
         return one, Dropout(config.dropout, key, one["rows"], batch["columns"])
@@ -102,22 +107,27 @@ def _model(
         (model, execution), (one, dropout) = ready(outer | inner), of(number)
         return model.embed(one["tokens"], one.get("positions"), dropout, execution)[0]
 
-    def layers(inner: Any, x: Array, number: Array) -> Array:
+    def layers(inner: Any, x: Array, number: Array, chunk: Array) -> Array:
         (model, execution), (one, dropout) = ready(outer | inner), of(number)
+        numbers = jax.lax.dynamic_index_in_dim(held, chunk, keepdims=False)
+        runs = numbers >= 0 if stages.padding else None
+        if stop is not None:
+            runs = (numbers < stop) if runs is None else runs & (numbers < stop)
         return model.run(
             x,
             segments=one.get("segments"),
             positions=one.get("positions"),
             dropout=model.dropout_of(dropout, execution),
-            execution=execution if stop is None else execution.stopping(stop - first),
-            layers=first + jnp.arange(held),
+            execution=execution,
+            layers=jnp.maximum(numbers, 0),
+            runs=runs,
         )
 
     def head(outer: Any, x: Array, number: Array) -> Array:
         (model, _), (one, _) = ready(outer | inner), of(number)
         return nll_sum(model, x, one)
 
-    rows, sequence = microbatches["tokens"].shape[1:]
+    rows, _, sequence = microbatches["tokens"].shape
     split = layout.sequence_parallel
     like = jnp.zeros((rows, sequence // (tensor.parts() if split else 1), config.d_model), config.dtype)
     like = collectives.mark_varying(like, (Axis.PIPE, *_BATCH_AXES, *((Axis.TENSOR,) if split else ())))

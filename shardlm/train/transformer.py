@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.models.transformer import Transformer, count_parameters
+from shardlm.train import arrange
 from shardlm.train import batch as batches
 from shardlm.train import engine as engines
 from shardlm.train.engine import Parameters, Plan, flatten
@@ -75,6 +76,21 @@ class TransformerProgram:
         return TransformerProgram.of(self.config, Layout(), [device], "auto")
 
     @property
+    def layer_rows(self) -> tuple[Any, ...] | None:
+        """Where a pipeline stores layers otherwise than in the model's order, which each row is."""
+        stages = self.plan.stages
+        rows = stages.rows.tolist()
+        return tuple(map(tuple, rows) if stages.chunks > 1 else rows) if stages.arranged else None
+
+    def in_order(self, tree: Any) -> Any:
+        """Layers in the model's order and on every stage."""
+        return arrange.gathered(tree, self.plan.stages)
+
+    def arrange(self, tree: Any) -> Any:
+        """The inverse of `in_order`, of NumPy arrays."""
+        return arrange.arrange(tree, self.plan.stages)
+
+    @property
     def title(self) -> str:
         """The model in words."""
         c = self.config
@@ -90,8 +106,10 @@ class TransformerProgram:
 
     def initialize(self, seed: int) -> tuple[Parameters, Variables]:
         """The parameters of `Transformer(config, rngs=nnx.Rngs(seed))`; it has no variables."""
-        _, state = nnx.split(Transformer(self.config, rngs=nnx.Rngs(seed)))
-        return nnx.to_pure_dict(state), {}
+        stages = self.plan.stages
+        _, state = nnx.split(Transformer(self.config, rngs=nnx.Rngs(seed), rows=stages.rows))
+        params = nnx.to_pure_dict(state)
+        return (arrange.without_padding(params, stages) if stages.padding else params), {}
 
     def gradients(self, params: Parameters, variables: Variables, batch: dict[str, Array], key: Array) -> Gradients:
         """Loss and gradients; `key` is of the dropout masks."""

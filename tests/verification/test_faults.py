@@ -167,7 +167,7 @@ def second_mlp_doubled(monkeypatch):
     branch = Block._branch
 
     def doubled(self, y, norm, dropout, layer, site):
-        wrong = jnp.where(layer == 1, 2, 1) if site == 1 and collectives.active(Axis.DATA) else 1
+        wrong = jnp.where(layer == 1, 2, 1) if site == 1 and collectives.active((Axis.DATA, Axis.PIPE)) else 1
         return wrong * branch(self, y, norm, dropout, layer, site)
 
     monkeypatch.setattr(Block, "_branch", doubled)
@@ -178,7 +178,7 @@ def first_query_negated(monkeypatch):
 
     def negated(gradient, plan):
         wrong = plan.split.path == "layers/attention/query/kernel"
-        return finish(gradient.at[0].multiply(-1) if wrong else gradient, plan)
+        return finish(gradient.at[0].multiply(-1) if wrong else gradient, plan)  # a layer, or a chunk of every stage
 
     monkeypatch.setattr(zero, "finish", negated)
 
@@ -269,6 +269,10 @@ FAULTS = [
     (gathered_backwards, "llama", "fsdp=4", ("permutation", "fsdp", "embed"), ("forward", "mlp", 0)),
     (second_mlp_doubled, "llama", "data=2", ("scale", None, None), ("forward", "mlp", 1)),
     (first_query_negated, "llama", "data=2,reduce_gradients=step", ("sign", None, None), ("backward", QUERY, 0)),
+    (second_mlp_doubled, "llama", "pipe=2,pipeline=interleaved:2:2:0+1+1+0",
+     ("scale", None, None), ("forward", "mlp", 1)),
+    (first_query_negated, "llama", "pipe=2,pipeline=interleaved:2:2:0+1+1+0",
+     ("sign", None, None), ("backward", QUERY, 0)),
     (reduced_backwards, "llama", "fsdp=4,zero=2", ("permutation", "fsdp", "embed"), ("backward", HEAD, None)),
     (updated_gathered_backwards, "llama", "fsdp=4,zero=1",
      ("permutation", "fsdp", "embed"), ("update", "embedding/table", None)),

@@ -28,19 +28,19 @@ Tree = Any
 
 @dataclass(frozen=True)
 class Model:
-    """The model as the executor needs it; `microbatch` is an int32 scalar, the number of a microbatch.
+    """The model as the executor needs it; `microbatch` and `chunk` are int32 scalars, their numbers.
 
     Attributes:
         embed: (outer, microbatch) -> x, the residual stream before the first layer; all stages together.
-        layers: (inner, x, microbatch) -> x after the layers of this stage.
+        layers: (one chunk of inner, x, microbatch, chunk) -> x after the layers of this stage's chunk.
         head: (outer, x, microbatch) -> sum of losses; all stages together, on the same x.
         outer: parameters of the embedding and the head.
-        inner: parameters of this stage's layers.
+        inner: parameters of this stage's layers [chunks, ...].
         like: what x looks like: its shape, dtype and the axes over which it varies, `pipe` among them.
     """
 
     embed: Callable[[Tree, Array], Array]
-    layers: Callable[[Tree, Array, Array], Array]
+    layers: Callable[[Tree, Array, Array, Array], Array]
     head: Callable[[Tree, Array, Array], Array]
     outer: Tree
     inner: Tree
@@ -70,13 +70,13 @@ def execute(model: Model, table: Table, loss: Array) -> tuple[Array, Tree, Tree]
 
     Args:
         model: see there.
-        table: a validated table of as many stages as the pipe axis has; one chunk, whole backwards.
+        table: a validated table of as many stages as the pipe axis has; whole backwards.
         loss: zero, of the dtype of the sum, varying as losses do.
 
     Returns:
         The sum, the same on all stages; gradients of `outer` and `inner`.
     """
-    assert table.stages == collectives.size(Axis.PIPE) and table.chunks == 1 and not table.split
+    assert table.stages == collectives.size(Axis.PIPE) and not table.split
     stage = collectives.index(Axis.PIPE)
 
     def slots(count: int) -> Array:
@@ -103,23 +103,29 @@ def execute(model: Model, table: Table, loss: Array) -> tuple[Array, Tree, Tree]
     return end.loss, end.outer, end.inner
 
 
-def forward(model: Model, stages: int, microbatches: int) -> Array:
-    """What the last stage gives for each microbatch, on all stages: [microbatches, *x]; for use without gradients.
+def forward(model: Model, stages: int, chunks: int, microbatches: int) -> Array:
+    """What the last chunk gives for each microbatch, on all stages: [microbatches, *x]; for use without gradients.
 
-    Microbatch i is at stage s in tick i + s, so there are microbatches + stages - 1 ticks.
+    All microbatches go through one chunk of all stages before the next. Microbatch i is at stage s in tick i + s of
+    each, so there are chunks * (microbatches + stages - 1) ticks.
     """
-    stage = collectives.index(Axis.PIPE)
+    stage, numbers = collectives.index(Axis.PIPE), jnp.arange(microbatches)
 
-    def tick(received: Array, now: Array) -> tuple[Array, Array]:
-        first = model.embed(model.outer, jnp.minimum(now, microbatches - 1))
-        x = jnp.where(stage == 0, collectives.mark_varying(first, Axis.PIPE), received)
-        out = model.layers(model.inner, x, jnp.clip(now - stage, 0, microbatches - 1))
+    def tick(x: Array, chunk: Array, received: Array, now: Array) -> tuple[Array, Array]:
+        first = lax.dynamic_index_in_dim(x, jnp.minimum(now, microbatches - 1), keepdims=False)
+        given = jnp.where(stage == 0, first, received)
+        out = model.layers(_part(model.inner, chunk), given, jnp.clip(now - stage, 0, microbatches - 1), chunk)
         last = collectives.all_reduce(_mask(stage == stages - 1, out), Axis.PIPE)
         out = jnp.where(stage > stages, last, out)  # never; all devices communicate in one order, as in a step
-        return collectives.shift(out, Axis.PIPE, 1), last
+        return collectives.shift(out, Axis.PIPE, 1), collectives.mark_varying(last, Axis.PIPE)
 
-    _, results = lax.scan(tick, model.like, jnp.arange(microbatches + stages - 1))
-    return results[stages - 1 :]
+    def through(x: Array, chunk: Array) -> tuple[Array, None]:
+        _, results = lax.scan(partial(tick, x, chunk), model.like, jnp.arange(microbatches + stages - 1))
+        return results[stages - 1 :], None
+
+    embedded = lax.map(lambda number: model.embed(model.outer, number), numbers)
+    end, _ = lax.scan(through, collectives.mark_varying(embedded, Axis.PIPE), jnp.arange(chunks))
+    return collectives.all_reduce(_mask(stage == 0, end), Axis.PIPE)
 
 
 @dataclass(frozen=True)
@@ -178,11 +184,13 @@ class _Tick:
         carry, _ = given
         number = self.row["backward_microbatch"]
         x, gradient = _read(carry.stash, self.row["backward_stash"]), _read(carry.gradients, self.row["backward_read"])
-        again = lambda inner, x: self.model.layers(inner, x, jnp.maximum(number, 0))  # noqa: E731
+        chunk = jnp.maximum(self.row["backward_chunk"], 0)
+        again = lambda inner, x: self.model.layers(inner, x, jnp.maximum(number, 0), chunk)  # noqa: E731
         with jax.named_scope("backward"), jax.named_scope("rematted_computation"):
-            _, transpose = jax.vjp(again, self.model.inner, x)
+            _, transpose = jax.vjp(again, _part(self.model.inner, chunk), x)
         inner, back = transpose(gradient)
-        return carry._replace(inner=_add(carry.inner, inner, number >= 0)), _mask(number >= 0, back)
+        inner = _add(_part(carry.inner, chunk), inner, number >= 0)
+        return carry._replace(inner=_put(carry.inner, inner, chunk)), _mask(number >= 0, back)
 
     def _embed_backward(self, back: Array, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
         carry, _ = given
@@ -202,7 +210,8 @@ class _Tick:
         carry, _ = given
         number, read = self.row["forward_microbatch"], self.row["forward_read"]
         x = jnp.where(read >= 0, _read(carry.activations, read), embedded)
-        y = self.model.layers(self.model.inner, x, jnp.maximum(number, 0))
+        chunk = jnp.maximum(self.row["forward_chunk"], 0)
+        y = self.model.layers(_part(self.model.inner, chunk), x, jnp.maximum(number, 0), chunk)
         return carry._replace(stash=_write(carry.stash, self.row["forward_stash"], x)), y
 
     def _head(self, out: Array, carry: _Carry) -> _Carry:
@@ -235,6 +244,20 @@ def _write(buffer: Array, slot: Array, value: Array) -> Array:
     """The buffer with `value` in `slot`; -1 writes nothing."""
     value = jnp.where(slot >= 0, value, _read(buffer, slot))
     return lax.dynamic_update_index_in_dim(buffer, value, jnp.maximum(slot, 0), 0)
+
+
+def _part(chunks: Tree, chunk: Array) -> Tree:
+    """One chunk of what a stage holds; without an operation where it holds one."""
+    return jax.tree.map(
+        lambda x: x[0] if x.shape[0] == 1 else lax.dynamic_index_in_dim(x, chunk, keepdims=False), chunks
+    )
+
+
+def _put(chunks: Tree, part: Tree, chunk: Array) -> Tree:
+    """`chunks` with `part` in the place of one of them."""
+    return jax.tree.map(
+        lambda x, y: y[None] if x.shape[0] == 1 else lax.dynamic_update_index_in_dim(x, y, chunk, 0), chunks, part
+    )
 
 
 def _mask(flag: Array | bool, x: Array) -> Array:
