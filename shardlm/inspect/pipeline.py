@@ -5,8 +5,8 @@ and so with backwards: of m microbatches and v chunks a stage works on m v, and 
 arrays. Embedding and head are split over the stages, run once per microbatch, and work on one each time.
 """
 
+import dataclasses
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from shardlm.dims import Split
 from shardlm.inspect.flops import of_equation
 from shardlm.inspect.program import Program
 from shardlm.inspect.render import Section, flop, percent, size
@@ -22,6 +21,7 @@ from shardlm.inspect.walk import Place, equations
 from shardlm.layout import Axis, Layout
 from shardlm.parallel.pipeline.schedule import orders
 from shardlm.parallel.pipeline.simulate import Times, asynchronous, synchronous
+from shardlm.parallel.pipeline.stages import Stages
 from shardlm.parallel.pipeline.table import Table
 from shardlm.parallel.pipeline.ticks import make_table
 
@@ -34,9 +34,10 @@ class PipelineCost:
         schedule: as a layout says it.
         stages, microbatches, chunks: its sizes.
         ticks: how many there are; `forward_ticks` of them have forwards and `backward_ticks` backwards.
-        bubble: time lost over the ideal time, in the ticks that run, FLOPs being time.
-        bubble_alone: the same if each stage ran on its own, as soon as it could, with the embedding on the first and
-            the head on the last.
+        bubble: time lost over the ideal time, in the ticks that run, FLOPs being time; padding counts as work.
+        bubble_alone: the same if each stage ran on its own, as soon as it could, without padding, with the embedding on
+            the first and the head on the last.
+        padding: rows of layers, of all stages together, that hold none: they are computed like layers, and dropped.
         stashed: the most inputs that each stage keeps for its backwards at a time.
         stashed_alone: the same if each stage ran on its own; min(p - s, m) on stage s of 1F1B.
         slots: of every device's stash, as all run one program.
@@ -55,6 +56,7 @@ class PipelineCost:
     backward_ticks: int
     bubble: float
     bubble_alone: float
+    padding: int
     stashed: tuple[int, ...]
     stashed_alone: tuple[int, ...]
     slots: int
@@ -78,10 +80,11 @@ class PipelineCost:
             ("bytes of them", held(self.stashed), held(self.stashed_alone)),
         )
         each = self.microbatches * self.chunks
+        padded = f" and in {self.padding} rows of padding" if self.padding else ""
         notes = (
             f"every device has room for {self.slots} inputs of {size(self.input_bytes)}, as all run one program",
             f"a stage has a forward in {each} of the {self.forward_ticks} ticks that have any, a backward in {each} of "
-            f"{self.backward_ticks}; in the others it computes on masked arrays, {flop(masked)}: no model FLOPs, but time "
+            f"{self.backward_ticks}; in the others{padded} it computes on masked arrays, {flop(masked)}: no model FLOPs, but time "
             "and communication",
             *self.advice,
         )
@@ -102,18 +105,13 @@ def table_of(layout: Layout) -> Table | None:
     return None if pipeline is None else make_table(pipeline.schedule, layout.pipe, pipeline.microbatches, pipeline.chunks)
 
 
-def rows_of_layers(splits: Mapping[str, Split]) -> int:
-    """Layers that all stages store together, padding included."""
-    stacked = next(split for split in splits.values() if "layer" in split.dims)
-    return math.prod(stacked.shape[: stacked.dims.index("layer") + 1])
-
-
 def used(program: Program) -> Callable[[Place], float]:
     """Of what a step computes at a place, which part is on a microbatch and a layer, on the average stage."""
     table = table_of(program.layout) if program.manual else None
     if table is None:
         return lambda place: 1.0
-    operations, real = table.microbatches * table.chunks, program.config.num_layers / rows_of_layers(program.splits)
+    stages = Stages.of(program.layout, program.config.num_layers)
+    operations, real = table.microbatches * table.chunks, sum(stages.counts) / stages.rows.size
 
     def part(place: Place) -> float:
         return operations / place.taken * real if place.taken is not None and _in_layers(place, table) else 1.0
@@ -127,7 +125,7 @@ def _in_layers(place: Place, table: Table) -> bool:
 
 
 def times(program: Program, table: Table) -> Times:
-    """FLOPs of a traced step as times of the simulation."""
+    """FLOPs of a traced step as times of the simulation; of a stage's chunk with its padding, which runs like layers."""
     sums: Counter[str] = Counter()
     for equation, place in equations(program.jaxpr):
         if place.taken is not None:
@@ -151,9 +149,13 @@ def of(program: Program, textbook: Iterable[Any]) -> PipelineCost | None:
     if table is None or not program.manual or program.sequence is None:
         return None
     assert layout.pipeline is not None
-    cost = times(program, table)
+    cost, stages = times(program, table), Stages.of(layout, program.config.num_layers)
     ticks = synchronous(table, cost)
-    alone = asynchronous(orders(layout.pipeline.schedule, table.stages, table.microbatches, table.chunks), cost)
+    real = [(chunks >= 0).mean() for chunks in stages.of_stage()]
+    own = dataclasses.replace(
+        cost, forward=[cost.forward * part for part in real], backward=[cost.backward * part for part in real]
+    )
+    alone = asynchronous(orders(layout.pipeline.schedule, table.stages, table.microbatches, table.chunks), own)
     tokens = program.batch_size // layout.batch_shards // table.microbatches * program.sequence
     parts = layout.tensor if layout.sequence_parallel else 1
     sent: Counter[str] = Counter()
@@ -170,6 +172,7 @@ def of(program: Program, textbook: Iterable[Any]) -> PipelineCost | None:
         backward_ticks=int(table.has_backward.sum()),
         bubble=ticks.bubble_fraction,
         bubble_alone=alone.bubble_fraction,
+        padding=stages.padding,
         stashed=ticks.peak_activations,
         stashed_alone=alone.peak_activations,
         slots=table.stash_slots,

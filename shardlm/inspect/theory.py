@@ -32,9 +32,10 @@ import jax.numpy as jnp
 
 from shardlm.dims import Split
 from shardlm.inspect.ledger import wire
-from shardlm.inspect.pipeline import rows_of_layers, table_of
+from shardlm.inspect.pipeline import table_of
 from shardlm.layout import Axis, Layout
 from shardlm.parallel import zero
+from shardlm.parallel.pipeline.stages import Stages
 from shardlm.parallel.pipeline.table import Table
 
 
@@ -75,7 +76,7 @@ def expected(
         _parameter(lines, split, config, layout)
     tokens = batch_size // layout.batch_shards // layout.microbatches * sequence
     if layout.tensor > 1:
-        _layers(lines, config, layout, tokens, *_passes(splits, layout, table))
+        _layers(lines, config, layout, tokens, *_passes(config.num_layers, layout, table))
     if layout.tensor > 1 or layout.pipe > 1:
         _vocabulary(lines, config, layout, tokens)
     if table is not None:
@@ -135,14 +136,13 @@ def _parameter(lines: _Lines, split: Split, config: Any, layout: Layout) -> None
     lines.add(f"gradients of {name}", "all-reduce", plan.late, held // shards, wide)
 
 
-def _passes(splits: Mapping[str, Split], layout: Layout, table: Table | None) -> tuple[int, int, int]:
-    """How many layers one device runs forward in a step, again for their backward, and backward."""
-    layers = rows_of_layers(splits)
+def _passes(layers: int, layout: Layout, table: Table | None) -> tuple[int, int, int]:
+    """How many layers, padding included, one device runs forward in a step, again for their backward, and backward."""
     if table is None:
         return layers * layout.accumulate, 0, layers * layout.accumulate
-    piece = layers // table.stages // table.chunks
-    forwards, backwards = int(table.has_forward.sum()), int(table.has_backward.sum())
-    return piece * forwards, piece * backwards, piece * backwards
+    depth = Stages.of(layout, layers).depth
+    forwards, backwards = depth * int(table.has_forward.sum()), depth * int(table.has_backward.sum())
+    return forwards, backwards, backwards
 
 
 def _layers(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 import shardlm as sl
-from shardlm.inspect import Hardware, PipelineCost, flops, pipeline
-from shardlm.parallel.pipeline import Kind, Operation, make_table
+from shardlm.inspect import Hardware, PipelineCost, flops
+from shardlm.parallel.pipeline import Kind, Operation
 
 CONFIG = sl.TransformerConfig(vocab_size=128, num_layers=4, d_model=32, num_heads=4, d_ff=48)
 BATCH, SEQUENCE = 16, 64
@@ -106,6 +106,7 @@ OWN = sl.Layout(pipe=2, pipeline=sl.Pipeline(schedule=one_at_a_time, microbatche
         (None, "remat=none"),
         ("pipe=2,tensor=2,pipeline=gpipe:4,remat=full", "tensor=2,remat=full"),
         (OWN, "remat=none"),
+        ("pipe=2,pipeline=interleaved:4:2:0+2+1+1", "remat=none"),
     ],
 )
 def test_useful_flops_are_those_without_a_pipeline(layout: str | sl.Layout | None, same: str, found):
@@ -114,15 +115,27 @@ def test_useful_flops_are_those_without_a_pipeline(layout: str | sl.Layout | Non
     for kind in ("forward", "backward", "model"):
         useful = getattr(piped.flops, kind) * piped.num_devices
         assert useful == pytest.approx(getattr(plain.flops, kind) * plain.num_devices, rel=1e-12)
-    # Of the layers, all that is computed is what is useful, times ticks over microbatches; the head has no idle ticks.
+    # Of the layers, all that is computed is what is useful, times ticks over microbatches and times rows over layers
+    # where some are padding; the head has no idle ticks.
     cost, stages = piped.pipeline, piped.pipeline.stages
     forward = cost.times["forward"] * cost.forward_ticks
     backward = cost.times["backward"] * cost.backward_ticks
     head = cost.times["head"] / stages * cost.microbatches
     assert piped.flops.total == pytest.approx(forward + backward + head, rel=1e-12)
-    useful = cost.microbatches * (cost.times["forward"] + cost.times["backward"]) + head
+    turns = cost.microbatches * cost.chunks * CONFIG.num_layers / (CONFIG.num_layers + cost.padding)
+    useful = turns * (cost.times["forward"] + cost.times["backward"]) + head
     assert piped.flops.total - piped.flops.masked == pytest.approx(useful, rel=1e-12)
-    assert piped.flops.forward == pytest.approx(cost.microbatches * cost.times["forward"] + head / 3, rel=1e-12)
+    assert piped.flops.forward == pytest.approx(turns * cost.times["forward"] + head / 3, rel=1e-12)
+
+
+def test_chunks_and_padding_are_said():
+    found = report("pipe=2,pipeline=interleaved:4:2:0+2+1+1")
+    cost, both = found.pipeline, found.pipeline.times["forward"] + found.pipeline.times["backward"]
+    assert (cost.chunks, cost.padding, cost.ticks, cost.forward_ticks) == (2, 4, 13, 9)
+    assert cost.bubble == pytest.approx(both / (8 * both + 4 * cost.times["head"] / 2), rel=1e-12)
+    assert "2 stages, 2 chunks each, 4 microbatches" in str(found)
+    assert "in the others and in 4 rows of padding it computes on masked arrays" in " ".join(str(found).split())
+    assert str(cost.stashed)[1:-1] in str(found) and cost.slots == max(cost.stashed)
 
 
 def test_counting_masked_ticks_as_useful_would_be_seen(found):
@@ -141,16 +154,6 @@ def test_time_is_of_all_that_is_computed_and_utilisation_of_what_is_useful(found
     assert line.model_flops == found.flops.model
 
 
-@pytest.mark.parametrize("chunks", [2, 3])
-def test_layers_are_told_from_the_head_with_several_chunks_too(chunks: int):
-    """Embedding and head run m times; a stage's pieces m v times, in more ticks than that."""
-    table = make_table("interleaved", 2, 4, chunks)
-    taken = int(table.has_forward.sum())
-    assert taken > chunks * 4
-    for count, layers in ((taken, True), (int(table.has_backward.sum()), True), (4, False), (None, False)):
-        assert pipeline._in_layers(pipeline.Place(taken=count), table) is layers
-
-
 def test_advice_on_the_bubble_is_what_the_better_layout_has(found):
     [line] = found.pipeline.advice
     assert f"a bubble of {found.pipeline.bubble:.1%} of the ideal time with microbatches of 2 rows" in line
@@ -163,11 +166,9 @@ def test_advice_on_the_bubble_is_what_the_better_layout_has(found):
 
 
 def test_a_pipeline_that_does_not_fit_is_told_how_many_microbatches_would():
-    worse = make("pipe=2,pipeline=1f1b:2,remat=full", batch=32, hardware=SMALL)
-    assert worse.fits is False
+    config = dataclasses.replace(CONFIG, attention=sl.Attention(implementation="chunked"))
+    worse = make("pipe=2,pipeline=1f1b:4,remat=full", config, batch=32, hardware=SMALL)
     [line] = worse.advice
-    assert " and microbatches=8 would bring it to " in line
-    layout, _, attention = line.partition("--layout ")[2].partition(" --attention ")
-    config = dataclasses.replace(CONFIG, attention=sl.Attention(implementation=attention)) if attention else CONFIG
-    better = make(layout, config, batch=32, hardware=SMALL)
+    assert worse.fits is False and line.startswith("microbatches=8 would bring it to ")
+    better = make(line.partition("--layout ")[2], config, batch=32, hardware=SMALL)
     assert better.fits and better.peak <= 0.75 * SMALL.memory
