@@ -38,6 +38,8 @@ _IN_PLACE = {"psum", "psum_invariant", "pmax", "ppermute", "scatter", "scatter-a
 _VIEWS = {
     "reshape", "squeeze", "expand_dims", "pcast", "pvary", "copy", "name", "sharding_constraint", "stop_gradient",
 }  # fmt: skip
+_REGIONS = {"scan", "while", "cond", "shard_map"}
+_WHOLE_VIEWS = {"slice", "dynamic_slice", "broadcast_in_dim"}  # where they keep every element, once
 _COSTLY = {"exp", "exp2", "log", "tanh", "logistic", "div", "rsqrt", "sqrt", "pow", "integer_pow", "erf", "sin", "cos"}
 _ATTENTION = "dot_product_attention"  # how the names of cuDNN's operations begin
 
@@ -196,7 +198,9 @@ def _inline(jaxpr: Any, inputs: list[_Variable | None], place: Place, program: _
         here = at(equation, place)
         operands = [read(atom) for atom in equation.invars]
         name = equation.primitive.name
-        called = list(inside(equation, here)) if name not in ("scan", "while", "cond", "shard_map") else []
+        # Compilers inline a loop of one iteration; what it takes and stacks is as large as what its body does.
+        once = name == "scan" and equation.params["length"] == 1
+        called = list(inside(equation, here)) if once or name not in _REGIONS else []
         if called:
             results = _inline(called[0][0], operands, called[0][1], program)
         else:
@@ -245,7 +249,7 @@ def _execute(equation: Any, operands: list[Any], results: list[Any], here: Place
         _branch(equation, operands, results, here, memory, last)
     elif name in ("scan", "while", "shard_map"):
         _loop(equation, operands, results, here, memory, last)
-    elif name in _VIEWS and operands[0] is not None:
+    elif operands and operands[0] is not None and _is_view(equation):
         results[0].reads, results[0].buffer = memory.hold(operands[0].reads), operands[0].buffer
     elif name in _WRITES or whole:
         copy = _transposed_copy(equation)
@@ -343,7 +347,9 @@ def _materialise(variable: _Variable, memory: _Memory, where: str) -> None:
 def _take_over(size: int, candidates: list[_Variable], memory: _Memory) -> _Buffer | None:
     for variable in candidates:
         buffer = variable.buffer
-        if buffer is not None and buffer.owned and buffer.size == size and buffer.users == 1:
+        # What else reads it may be fused into the operation, as the part that an update in place leaves as it was.
+        readers = sum(buffer in other.reads for other in candidates)
+        if buffer is not None and buffer.owned and buffer.size == size and buffer.users == readers:
             buffer.owned = False
             return _Buffer(size, True, kept=buffer.kept, lent=buffer.lent)
     return None
@@ -352,6 +358,11 @@ def _take_over(size: int, candidates: list[_Variable], memory: _Memory) -> _Buff
 def _own(variable: _Variable, taken: _Buffer | None, memory: _Memory, where: str, kept: bool = False) -> None:
     variable.buffer = taken or memory.allocate(variable.size, _shape(variable), where, kept)
     variable.reads = memory.hold((variable.buffer,))
+
+
+def _is_view(equation: Any) -> bool:
+    name, given, made = equation.primitive.name, equation.invars[0].aval, equation.outvars[0].aval
+    return name in _VIEWS or (name in _WHOLE_VIEWS and elements(given) == elements(made))
 
 
 def _transposed_copy(equation: Any) -> int:

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import shardlm as sl
-from shardlm.inspect import assert_uniform_branches, hlo
+from shardlm.inspect import assert_uniform_branches, hlo, memory
 from shardlm.parallel.pipeline import Kind, Operation, execute, make_table
 
 CONFIG = sl.TransformerConfig(vocab_size=64, num_layers=4, d_model=64, num_heads=4, d_ff=128)
@@ -51,6 +51,13 @@ def test_memory_of_1f1b_does_not_grow_with_the_microbatches_and_of_gpipe_does(pr
     more = temporaries(programs["gpipe", 32]) - temporaries(programs["gpipe", 8])
     one = 2 * SEQUENCE * CONFIG.d_model * 4
     assert more >= 24 * one  # a stashed input and more for each further microbatch
+
+
+@pytest.mark.parametrize(("schedule", "microbatches"), [("1f1b", 8), ("gpipe", 8), ("gpipe", 32)])
+def test_the_peak_is_predicted_within_a_tenth(programs, schedule: str, microbatches: int):
+    predicted = trainer(schedule, microbatches).explain(2 * microbatches, SEQUENCE).memory
+    compilers = memory.with_compiled(predicted, programs[schedule, microbatches]).compiled
+    assert predicted.peak == pytest.approx(compilers, rel=0.10)
 
 
 def test_the_program_does_not_grow_with_the_microbatches(programs):
