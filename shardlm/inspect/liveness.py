@@ -72,7 +72,7 @@ class _Variable:
     aval: Any
     uses: int = 0
     left: int = 0
-    reads: "tuple[_Buffer, ...] | None" = None
+    reads: Any = None  # a tuple of buffers, once it is there
     buffer: "_Buffer | None" = None
 
     @property
@@ -344,7 +344,7 @@ def _materialise(variable: _Variable, memory: _Memory, where: str) -> None:
     memory.release(reads)
 
 
-def _take_over(size: int, candidates: list[_Variable], memory: _Memory) -> _Buffer | None:
+def _take_over(size: int, candidates: list[Any], memory: _Memory) -> _Buffer | None:
     for variable in candidates:
         buffer = variable.buffer
         # What else reads it may be fused into the operation, as the part that an update in place leaves as it was.

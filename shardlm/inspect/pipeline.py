@@ -1,13 +1,11 @@
-"""What the schedule of a pipeline costs a step: its bubble, the inputs that it stashes, and what is computed for nothing.
+"""What the schedule of a pipeline costs a step: its bubble, the inputs that it stashes, what is computed for nothing.
 
 All stages run one program in common ticks (`parallel.pipeline`). A tick that has a forward on any stage has one on all,
 and so with backwards: of m microbatches and v chunks a stage works on m v, and in the other ticks computes on masked
 arrays. Embedding and head are split over the stages, run once per microbatch, and work on one each time.
 """
 
-import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +67,8 @@ class PipelineCost:
         """Its tables in a report; `masked` are the FLOPs that a device computes for nothing."""
 
         def stages(counts: tuple[int, ...]) -> str:
-            return ", ".join(map(str, counts))
+            shown = map(str, counts if len(counts) <= 8 else (*counts[:3], "...", *counts[-3:]))
+            return ", ".join(shown)
 
         def held(counts: tuple[int, ...]) -> str:
             return " to ".join(dict.fromkeys(size(function(counts) * self.input_bytes) for function in (max, min)))
@@ -84,8 +83,8 @@ class PipelineCost:
         notes = (
             f"every device has room for {self.slots} inputs of {size(self.input_bytes)}, as all run one program",
             f"a stage has a forward in {each} of the {self.forward_ticks} ticks that have any, a backward in {each} of "
-            f"{self.backward_ticks}; in the others{padded} it computes on masked arrays, {flop(masked)}: no model FLOPs, but time "
-            "and communication",
+            f"{self.backward_ticks}; in the others{padded} it computes on masked arrays, {flop(masked)}: "
+            "no model FLOPs, but time and communication",
             *self.advice,
         )
         several = f", {self.chunks} chunks each" if self.chunks > 1 else ""
@@ -102,7 +101,9 @@ class PipelineCost:
 def table_of(layout: Layout) -> Table | None:
     """The ticks of a layout's pipeline; None where it has none."""
     pipeline = layout.pipeline
-    return None if pipeline is None else make_table(pipeline.schedule, layout.pipe, pipeline.microbatches, pipeline.chunks)
+    return (
+        None if pipeline is None else make_table(pipeline.schedule, layout.pipe, pipeline.microbatches, pipeline.chunks)
+    )
 
 
 def used(program: Program) -> Callable[[Place], float]:
@@ -124,18 +125,18 @@ def _in_layers(place: Place, table: Table) -> bool:
     return place.taken is not None and place.taken > table.microbatches
 
 
-def times(program: Program, table: Table) -> Times:
-    """FLOPs of a traced step as times of the simulation; of a stage's chunk with its padding, which runs like layers."""
-    sums: Counter[str] = Counter()
+def times(program: Program, table: Table) -> dict[str, float]:
+    """FLOPs of a traced step as `Times` of the simulation; padding of a stage runs like layers."""
+    sums = {"forward": 0.0, "backward": 0.0, "head": 0.0}
     for equation, place in equations(program.jaxpr):
         if place.taken is not None:
             name = "head" if not _in_layers(place, table) else "forward" if place.phase == "forward" else "backward"
             sums[name] += of_equation(equation) * place.times
-    return Times(
-        forward=sums["forward"] / int(table.has_forward.sum()),
-        backward=sums["backward"] / int(table.has_backward.sum()),
-        head=sums["head"] / table.microbatches * table.stages,
-    )
+    return {
+        "forward": sums["forward"] / int(table.has_forward.sum()),
+        "backward": sums["backward"] / int(table.has_backward.sum()),
+        "head": sums["head"] / table.microbatches * table.stages,
+    }
 
 
 def of(program: Program, textbook: Iterable[Any]) -> PipelineCost | None:
@@ -150,18 +151,20 @@ def of(program: Program, textbook: Iterable[Any]) -> PipelineCost | None:
         return None
     assert layout.pipeline is not None
     cost, stages = times(program, table), Stages.of(layout, program.config.num_layers)
-    ticks = synchronous(table, cost)
+    ticks = synchronous(table, Times(**cost))
     real = [(chunks >= 0).mean() for chunks in stages.of_stage()]
-    own = dataclasses.replace(
-        cost, forward=[cost.forward * part for part in real], backward=[cost.backward * part for part in real]
+    own = Times(
+        forward=[cost["forward"] * part for part in real],
+        backward=[cost["backward"] * part for part in real],
+        head=cost["head"],
     )
     alone = asynchronous(orders(layout.pipeline.schedule, table.stages, table.microbatches, table.chunks), own)
     tokens = program.batch_size // layout.batch_shards // table.microbatches * program.sequence
     parts = layout.tensor if layout.sequence_parallel else 1
-    sent: Counter[str] = Counter()
+    sent: dict[str, float] = {}
     for line in textbook:
         if str(Axis.PIPE) in line.axes:
-            sent[line.what] += line.bytes
+            sent[line.what] = sent.get(line.what, 0.0) + line.bytes
     return PipelineCost(
         schedule=str(layout.pipeline),
         stages=table.stages,
@@ -177,6 +180,6 @@ def of(program: Program, textbook: Iterable[Any]) -> PipelineCost | None:
         stashed_alone=alone.peak_activations,
         slots=table.stash_slots,
         input_bytes=tokens // parts * program.config.d_model * jnp.dtype(program.config.dtype).itemsize,
-        times={"forward": cost.forward, "backward": cost.backward, "head": cost.head},
-        sent=dict(sent),
+        times=cost,
+        sent=sent,
     )

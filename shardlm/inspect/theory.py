@@ -14,10 +14,10 @@ device; P_i is one parameter as a device holds it for computing (of its tensor s
 - Full recomputation makes a layer's communication again, except what only its output needs.
 - In a pipeline a stage runs its layers in each tick that has a forward on any stage, F ticks, and runs them again and
   then back in each of B ticks with a backward; where it has no microbatch it communicates all the same. A tick in which
-  any stage has something to send sends b s h from each, b the rows of a microbatch: p - 1 stages have something
-  m times in each direction (arXiv:2104.04473 section 2.2.2), in as many ticks as the table says. The vocabulary is split
-  over the stages (arXiv:2411.05288): per microbatch the embedding is summed over them and its gradient sent to all,
-  the last stage's output sent to all and its gradient summed; three all-reduces of b s are over pipe as over tensor.
+  any stage has something to send sends b s h from each, b the rows of a microbatch: the textbook's b s h per boundary,
+  microbatch and direction, in as many ticks as the table says. The vocabulary is split over the stages
+  (arXiv:2411.05288): per microbatch the embedding is summed over them and its gradient sent to all, the last stage's
+  output sent to all and its gradient summed; three all-reduces of b s are over pipe as over tensor.
 - Two scalars per step, the sums of losses and of weights.
 
 Sums of bfloat16 travel as float32, gathers as they are.
@@ -145,9 +145,7 @@ def _passes(layers: int, layout: Layout, table: Table | None) -> tuple[int, int,
     return forwards, backwards, backwards
 
 
-def _layers(
-    lines: _Lines, config: Any, layout: Layout, tokens: int, forward: int, again: int, backward: int
-) -> None:
+def _layers(lines: _Lines, config: Any, layout: Layout, tokens: int, forward: int, again: int, backward: int) -> None:
     axes, own, wide = (str(Axis.TENSOR),), config.dtype, str(jnp.promote_types(config.dtype, jnp.float32))
     stream = tokens * config.d_model
     # Recomputed: what attention enters with and leaves with, and what the MLP enters with; its own result is needed
@@ -182,7 +180,9 @@ def _vocabulary(lines: _Lines, config: Any, layout: Layout, tokens: int) -> None
 def _stages(lines: _Lines, config: Any, layout: Layout, tokens: int, table: Table) -> None:
     axes, own, wide = (str(Axis.PIPE),), config.dtype, str(jnp.promote_types(config.dtype, jnp.float32))
     held = tokens * config.d_model // (layout.tensor if layout.sequence_parallel else 1)
-    lines.add("activations to the next stage", "collective-permute", axes, int(table.sends_activation.sum()) * held, own)
+    lines.add(
+        "activations to the next stage", "collective-permute", axes, int(table.sends_activation.sum()) * held, own
+    )
     lines.add("gradients to the one before", "collective-permute", axes, int(table.sends_gradient.sum()) * held, own)
     lines.add("last stage's output, to all", "all-reduce", axes, table.microbatches * held, wide)
     lines.add("gradient of the embedding, to all", "all-reduce", axes, table.microbatches * held, wide)

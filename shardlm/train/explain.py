@@ -111,4 +111,3 @@ def _look(program: Program, trainer: "Trainer", batch: Any, notes: tuple[str, ..
         notes=notes,
         compiled=compiled,
     )
-

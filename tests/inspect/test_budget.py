@@ -70,7 +70,9 @@ def repeat(times):
 
 def program(function, **options):
     mesh, spec = sl.Layout(data=4, tensor=2).abstract_mesh(), P("data")
-    return jax.make_jaxpr(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, **options))(jnp.ones((8, 4)))
+    return jax.make_jaxpr(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, **options))(
+        jnp.ones((8, 4))
+    )
 
 
 @pytest.mark.parametrize(

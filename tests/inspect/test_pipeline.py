@@ -78,7 +78,8 @@ def test_what_is_sent_over_pipe_is_told_by_purpose(found, cost):
 def test_text_html_and_data_hold_it(found, cost):
     text, page, data = str(found), found._repr_html_(), json.loads(found.to_json())
     for part in (
-        "pipeline 1f1b:8: 4 stages, 8 microbatches, 15 ticks", "7, 5, 3, 1", "4, 3, 2, 1", "room for 7 inputs of 16.4 kB",
+        "pipeline 1f1b:8: 4 stages, 8 microbatches, 15 ticks", "7, 5, 3, 1", "4, 3, 2, 1",
+        "room for 7 inputs of 16.4 kB",
         "a forward in 8 of the 11 ticks", "gradients to the one before", "on masked arrays", f"{cost.bubble:.1%}",
     ):  # fmt: skip
         assert part in text, part

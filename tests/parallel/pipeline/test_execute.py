@@ -173,8 +173,8 @@ def test_ticks_without_a_backward_or_a_forward_do_not_compute_one(programs, sche
     stages, steps = STAGES // pipeline.chunks, make_table(schedule, STAGES // pipeline.chunks, 8, pipeline.chunks)
     assert (steps.has_forward.sum(), steps.has_backward.sum(), steps.ticks) == (taken, taken, total)
     assert not steps.has_backward[:stages].any() and not steps.has_forward[-stages:].any()
-    # Three conditionals hold all products: the layers' backward with the forward that it repeats, their forward, and the
-    # head, which is both.
+    # Three conditionals hold all products: the layers' backward with the forward that it repeats, their forward, and
+    # the head, which is both.
     layers, head = f"taken_{taken}_of_{total}", f"taken_8_of_{total}"
     found = products(programs[schedule, 8].as_text())
     assert "" not in found
@@ -185,7 +185,9 @@ def test_ticks_without_a_backward_or_a_forward_do_not_compute_one(programs, sche
 
 def traced(made: sl.Trainer):
     rows = jax.ShapeDtypeStruct((4, SEQUENCE), np.int32)
-    return jax.make_jaxpr(made.step_function)(made.abstract_state, made.abstract_batch({"tokens": rows, "targets": rows}))
+    return jax.make_jaxpr(made.step_function)(
+        made.abstract_state, made.abstract_batch({"tokens": rows, "targets": rows})
+    )
 
 
 @pytest.mark.parametrize("name", ["1f1b", "uneven chunks"])
