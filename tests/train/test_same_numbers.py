@@ -243,7 +243,7 @@ def test_the_compiler_partitions_a_pipelined_layout_too():
         check(reference("llama4"), run("llama4", "pipe=2,pipeline=interleaved:2:2:0+2+1+1", "auto"))
 
 
-@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS + PIPELINES)
 def test_the_ledger_is_what_the_compiled_step_sends(name: str, layout: str):
     """By kind, axes, dtype and size, each as often. The compiler adds only the scalars of the optimizer's norms."""
     trainer, executable = compiled(name, layout, "manual")
