@@ -6,8 +6,8 @@ each step of it is one function of the carry.
 
 Whether a tick has a forward, a backward, a head is the same for all devices, so those are branches; what a stage
 without work computes in such a tick is masked. Receive buffers and the stash of inputs have as many slots as the table
-says, whatever the number of microbatches. Backward makes the stage's forward again from its stashed input. Gradients
-are summed in float32 over the microbatches, and over devices by whoever called.
+says, whatever the number of microbatches. What lies in the stash, and how backward gets by with it, is in
+`backward.py`. Gradients are summed in float32 over the microbatches, and over devices by whoever called.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from jax import Array, lax
 
 from shardlm import collectives
 from shardlm.layout import Axis
+from shardlm.parallel.pipeline.backward import Recompute, Split, Stack, Stored
 from shardlm.parallel.pipeline.table import PER_STAGE, Table
 
 Tree = Any
@@ -32,15 +33,15 @@ class Model:
 
     Attributes:
         embed: (outer, microbatch) -> x, the residual stream before the first layer; all stages together.
-        layers: (one chunk of inner, x, microbatch, chunk) -> x after the layers of this stage's chunk.
+        layers: (x, microbatch, chunk) -> the layers of this stage's chunk, for what is like x.
         head: (outer, x, microbatch) -> sum of losses; all stages together, on the same x.
         outer: parameters of the embedding and the head.
-        inner: parameters of this stage's layers [chunks, ...].
+        inner: parameters of this stage's layers [chunks, layers, ...].
         like: what x looks like: its shape, dtype and the axes over which it varies, `pipe` among them.
     """
 
     embed: Callable[[Tree, Array], Array]
-    layers: Callable[[Tree, Array, Array, Array], Array]
+    layers: Callable[[Array, Array, Array], Stack]
     head: Callable[[Tree, Array, Array], Array]
     outer: Tree
     inner: Tree
@@ -52,41 +53,46 @@ class _Carry(NamedTuple):
 
     Attributes:
         activations, gradients: receive buffers [slots, *x].
-        stash: inputs of the stage that wait for their backward [slots, *x].
+        stash: what forward keeps for backward, a tree of [slots, ...].
+        left: what a backward leaves for the gradients of the weights, likewise.
         loss: the sum so far.
         outer, inner: sums of gradients.
     """
 
     activations: Array
     gradients: Array
-    stash: Array
+    stash: Tree
+    left: Tree
     loss: Array
     outer: Tree
     inner: Tree
 
 
-def execute(model: Model, table: Table, loss: Array) -> tuple[Array, Tree, Tree]:
+def execute(model: Model, table: Table, loss: Array, recompute: bool = True) -> tuple[Array, Tree, Tree]:
     """Sum of losses over all microbatches, and its gradients in at least float32.
 
     Args:
         model: see there.
-        table: a validated table of as many stages as the pipe axis has; whole backwards.
+        table: a validated table of as many stages as the pipe axis has.
         loss: zero, of the dtype of the sum, varying as losses do.
+        recompute: backward makes the stage's forward again; not with split backwards.
 
     Returns:
         The sum, the same on all stages; gradients of `outer` and `inner`.
     """
-    assert table.stages == collectives.size(Axis.PIPE) and not table.split
+    assert table.stages == collectives.size(Axis.PIPE) and not (table.split and recompute)
     stage = collectives.index(Axis.PIPE)
+    way = _way(model, table.split, recompute)
 
-    def slots(count: int) -> Array:
-        return jnp.stack([jnp.zeros_like(model.like)] * max(count, 1))
+    def slots(count: int, like: Tree = model.like) -> Tree:
+        return jax.tree.map(lambda x: jnp.stack([jnp.zeros_like(x)] * max(count, 1)), like)
 
     wide = partial(jax.tree.map, lambda x: collectives.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)))
     start = _Carry(
         activations=slots(table.activation_slots),
         gradients=slots(table.gradient_slots),
-        stash=slots(table.stash_slots),
+        stash=slots(table.stash_slots, way.stash()),
+        left=slots(table.weight_slots, way.left()) if isinstance(way, Split) else None,
         loss=loss,
         outer=wide(model.outer),
         inner=wide(model.inner),
@@ -94,13 +100,21 @@ def execute(model: Model, table: Table, loss: Array) -> tuple[Array, Tree, Tree]
 
     def tick(carry: _Carry, row: dict[str, Array]) -> tuple[_Carry, None]:
         row = row | {name: row[name][stage] for name in PER_STAGE}
-        return _Tick(model, row, counts, table.stages).run(carry), None
+        return _Tick(model, way, row, counts, table.stages).run(carry), None
 
     arrays = table.rows()
     counts = {name: (int((a if a.dtype == bool else a >= 0).sum()), table.ticks) for name, a in arrays.items()}
     rows = {name: jnp.asarray(array) for name, array in arrays.items()}
     end, _ = lax.scan(tick, start, rows)
     return end.loss, end.outer, end.inner
+
+
+def _way(model: Model, split: bool, recompute: bool) -> Recompute | Stored | Split:
+    if recompute:
+        return Recompute(model.like)
+    first = collectives.mark_varying(jnp.zeros((), jnp.int32), Axis.PIPE)  # as in a tick: the types decide what is kept
+    of = Split.of if split else Stored.of
+    return of(model.layers(model.like, first, first), _part(model.inner, first), model.like)
 
 
 def forward(model: Model, stages: int, chunks: int, microbatches: int) -> Array:
@@ -114,7 +128,8 @@ def forward(model: Model, stages: int, chunks: int, microbatches: int) -> Array:
     def tick(x: Array, chunk: Array, received: Array, now: Array) -> tuple[Array, Array]:
         first = lax.dynamic_index_in_dim(x, jnp.minimum(now, microbatches - 1), keepdims=False)
         given = jnp.where(stage == 0, first, received)
-        out = model.layers(_part(model.inner, chunk), given, jnp.clip(now - stage, 0, microbatches - 1), chunk)
+        number = jnp.clip(now - stage, 0, microbatches - 1)
+        out = model.layers(given, number, chunk).run(_part(model.inner, chunk), given)
         last = collectives.all_reduce(_mask(stage == stages - 1, out), Axis.PIPE)
         out = jnp.where(stage > stages, last, out)  # never; all devices communicate in one order, as in a step
         return collectives.shift(out, Axis.PIPE, 1), collectives.mark_varying(last, Axis.PIPE)
@@ -133,11 +148,13 @@ class _Tick:
     """One tick of one stage.
 
     Attributes:
+        way: from forward to backward.
         row: the table's, of this stage where it has one for each.
         counts: for what may be in a tick, in how many of them it is, and of how many.
     """
 
     model: Model
+    way: Recompute | Stored | Split
     row: dict[str, Array]
     counts: dict[str, tuple[int, int]]
     stages: int
@@ -148,9 +165,12 @@ class _Tick:
         # One after another, so that all devices communicate in one order: where few threads play many devices, as on a
         # CPU, two collectives at once can wait for each other's threads for ever.
         carry, back = self._if("has_backward", self._backward, (carry, nothing))
+        if isinstance(self.way, Split):
+            carry = self._if("has_weight", partial(self._weights, self.way), carry)
+            back = self._after(carry.inner, back)
         carry, seen = self._if("embed_gradient_microbatch", partial(self._embed_backward, back), (carry, back))
         embedded = self._if("embed_microbatch", self._embed, self._after((carry.outer, seen), nothing))
-        carry = carry._replace(stash=self._after(embedded, carry.stash))
+        carry = carry._replace(activations=self._after(embedded, carry.activations))
         carry, out = self._if("has_forward", partial(self._forward, embedded), (carry, nothing))
         carry = self._if("head_microbatch", partial(self._head, out), carry)
         out = self._after((carry.outer, carry.gradients), out)
@@ -180,17 +200,31 @@ class _Tick:
 
         return lax.cond(flag if flag.dtype == jnp.bool_ else flag >= 0, branch, lambda same: same, otherwise)
 
+    def _layers(self, name: str) -> tuple[Array, Array, Stack, Tree]:
+        """Of an operation the microbatch, -1 where there is none, the chunk, its layers and their parameters."""
+        number, chunk = self.row[f"{name}_microbatch"], jnp.maximum(self.row[f"{name}_chunk"], 0)
+        stack = self.model.layers(self.model.like, jnp.maximum(number, 0), chunk)
+        return number, chunk, stack, _part(self.model.inner, chunk)
+
     def _backward(self, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
         carry, _ = given
-        number = self.row["backward_microbatch"]
-        x, gradient = _read(carry.stash, self.row["backward_stash"]), _read(carry.gradients, self.row["backward_read"])
-        chunk = jnp.maximum(self.row["backward_chunk"], 0)
-        again = lambda inner, x: self.model.layers(inner, x, jnp.maximum(number, 0), chunk)  # noqa: E731
-        with jax.named_scope("backward"), jax.named_scope("rematted_computation"):
-            _, transpose = jax.vjp(again, _part(self.model.inner, chunk), x)
-        inner, back = transpose(gradient)
+        kept, gradient = _read(carry.stash, self.row["backward_stash"]), _read(carry.gradients, self.row["backward_read"])
+        with jax.named_scope("backward"):
+            number, chunk, stack, parameters = self._layers("backward")
+            inner, back, left = self.way.backward(stack, parameters, kept, gradient)
         inner = _add(_part(carry.inner, chunk), inner, number >= 0)
-        return carry._replace(inner=_put(carry.inner, inner, chunk)), _mask(number >= 0, back)
+        carry = carry._replace(
+            inner=_put(carry.inner, inner, chunk), left=_write(carry.left, self.row["backward_write"], left)
+        )
+        return carry, _mask(number >= 0, back)
+
+    def _weights(self, way: Split, carry: _Carry) -> _Carry:
+        kept, left = _read(carry.stash, self.row["weight_stash"]), _read(carry.left, self.row["weight_read"])
+        with jax.named_scope("backward"):
+            number, chunk, stack, parameters = self._layers("weight")
+            inner = way.weights(stack, parameters, kept, left)
+        inner = _add(_part(carry.inner, chunk), inner, number >= 0)
+        return carry._replace(inner=_put(carry.inner, inner, chunk))
 
     def _embed_backward(self, back: Array, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
         carry, _ = given
@@ -208,11 +242,11 @@ class _Tick:
 
     def _forward(self, embedded: Array, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
         carry, _ = given
-        number, read = self.row["forward_microbatch"], self.row["forward_read"]
+        read = self.row["forward_read"]
         x = jnp.where(read >= 0, _read(carry.activations, read), embedded)
-        chunk = jnp.maximum(self.row["forward_chunk"], 0)
-        y = self.model.layers(_part(self.model.inner, chunk), x, jnp.maximum(number, 0), chunk)
-        return carry._replace(stash=_write(carry.stash, self.row["forward_stash"], x)), y
+        _, _, stack, parameters = self._layers("forward")
+        y, kept = self.way.forward(stack, parameters, x)
+        return carry._replace(stash=_write(carry.stash, self.row["forward_stash"], kept)), y
 
     def _head(self, out: Array, carry: _Carry) -> _Carry:
         number = self.row["head_microbatch"]
@@ -236,14 +270,17 @@ class _Tick:
         return collectives.all_reduce(_mask(collectives.index(Axis.PIPE) == stage, x), Axis.PIPE)
 
 
-def _read(buffer: Array, slot: Array) -> Array:
-    return lax.dynamic_index_in_dim(buffer, jnp.maximum(slot, 0), keepdims=False)
+def _read(buffer: Tree, slot: Array) -> Tree:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, jnp.maximum(slot, 0), keepdims=False), buffer)
 
 
-def _write(buffer: Array, slot: Array, value: Array) -> Array:
+def _write(buffer: Tree, slot: Array, value: Tree) -> Tree:
     """The buffer with `value` in `slot`; -1 writes nothing."""
-    value = jnp.where(slot >= 0, value, _read(buffer, slot))
-    return lax.dynamic_update_index_in_dim(buffer, value, jnp.maximum(slot, 0), 0)
+
+    def write(x: Array, old: Array, value: Array) -> Array:
+        return lax.dynamic_update_index_in_dim(x, jnp.where(slot >= 0, value, old), jnp.maximum(slot, 0), 0)
+
+    return jax.tree.map(write, buffer, _read(buffer, slot), value)
 
 
 def _part(chunks: Tree, chunk: Array) -> Tree:
@@ -265,7 +302,12 @@ def _mask(flag: Array | bool, x: Array) -> Array:
 
 
 def _add(sums: Tree, more: Tree, flag: Array | None = None) -> Tree:
-    def add(total: Array, x: Array) -> Array:
+    """The sums and `more`, where that is not None."""
+
+    def add(total: Array, x: Array | None) -> Array:
+        if x is None:
+            return total
         return total + (x if flag is None else _mask(flag, x)).astype(total.dtype)
 
-    return jax.tree.map(add, sums, more)
+    leaves, tree = jax.tree.flatten(sums)
+    return tree.unflatten(map(add, leaves, tree.flatten_up_to(more)))
