@@ -20,6 +20,7 @@ import shardlm as sl
 from shardlm.inspect.hlo import collectives
 from shardlm.models import attention
 from shardlm.models.dropout import Dropout
+from shardlm.train import arrange
 from shardlm.train.engine import flatten, unflatten
 
 pytestmark = pytest.mark.usefixtures("x64_module")
@@ -46,6 +47,12 @@ PIPELINES = [
     ("llama4", "pipe=2,fsdp=2,tensor=2,pipeline=1f1b:4,remat=full"),
     ("gpt4", "pipe=2,data=2,tensor=2,sequence_parallel,pipeline=1f1b:3"),
     ("gpt4", "pipe=4,tensor=2,pipeline=1f1b:2"),
+    ("gpt4", "pipe=2,data=2,tensor=2,sequence_parallel,pipeline=1f1b:3:stored"),
+    ("llama4", "pipe=2,fsdp=2,tensor=2,remat=full,pipeline=interleaved:4:2:stored"),
+    ("llama4", "pipe=2,fsdp=2,zero=3,remat=dots,pipeline=gpipe:3:1:3+1:stored"),
+    ("llama4", "pipe=2,tensor=4,sequence_parallel,pipeline=zb-h1:3:stored"),
+    ("gpt4", "pipe=4,fsdp=2,zero=1,pipeline=zb-h1:6:stored"),
+    ("gpt4", "pipe=2,fsdp=2,tensor=2,zero=3,pipeline=zb-h1:3:1:1+3:stored"),
 ]
 LAYOUTS = [
     ("llama", "accumulate=3,remat=full"),
@@ -165,8 +172,9 @@ def compiled(name: str, layout: str, engine: str) -> tuple[sl.Trainer, jax.stage
 def run(name: str, layout: str, engine: str) -> dict:
     """The same from a Trainer that starts at the reference's parameters."""
     config, (trainer, _) = CONFIGS[name], compiled(name, layout, engine)
-    start = reference(name)["start"]
-    state = sl.TrainState(np.zeros((), np.int32), start, trainer.optimizer.init(start))
+    start, stages = reference(name)["start"], trainer.program.plan.stages
+    stored = arrange.arrange(start, stages)
+    state = sl.TrainState(np.zeros((), np.int32), stored, trainer.optimizer.init(stored))
     state = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), state, trainer.abstract_state)
     losses, first = [], None
     for _ in range(STEPS):
@@ -174,9 +182,8 @@ def run(name: str, layout: str, engine: str) -> dict:
         losses.append(float(metrics["loss"]))
         first = to_host(state.opt_state[0]) if first is None else first
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, trainer.abstract_state)
-    return to_host(
-        {"start": start, "losses": losses, "grads": first, "params": state.params, "opt_state": state.opt_state}
-    )
+    found = {"losses": losses, "grads": first, "params": state.params, "opt_state": state.opt_state}
+    return {"start": start} | arrange.in_order(to_host(found), stages)
 
 
 def worst(expected, found) -> tuple[float, str]:

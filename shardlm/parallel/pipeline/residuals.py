@@ -77,14 +77,14 @@ class Cut:
 
 
 def depends(jaxpr: Any, flags: Sequence[bool]) -> list[bool]:
-    """Of each result of a traced program, whether it depends on those of its arguments that are flagged."""
+    """Of each result of a traced program, whether it depends on those of its arguments that are flagged.
+
+    An equation that calls a program is not looked into: making one of its results again takes all of its arguments.
+    """
     on = {id(var) for var, flag in zip(jaxpr.invars, flags, strict=True) if flag}
     for equation in jaxpr.eqns:
-        given = [id(var) in on for var in equation.invars]
-        if any(given):
-            called = equation.params["jaxpr"].jaxpr if equation.primitive.name in ("jit", "pjit") else None
-            out = depends(called, given) if called is not None else [True] * len(equation.outvars)
-            on.update(id(var) for var, flag in zip(equation.outvars, out, strict=True) if flag)
+        if not on.isdisjoint(map(id, equation.invars)):
+            on.update(map(id, equation.outvars))
     return [id(var) in on for var in jaxpr.outvars]
 
 
