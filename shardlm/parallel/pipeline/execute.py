@@ -208,7 +208,10 @@ class _Tick:
 
     def _backward(self, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
         carry, _ = given
-        kept, gradient = _read(carry.stash, self.row["backward_stash"]), _read(carry.gradients, self.row["backward_read"])
+        kept, gradient = (
+            _read(carry.stash, self.row["backward_stash"]),
+            _read(carry.gradients, self.row["backward_read"]),
+        )
         with jax.named_scope("backward"):
             number, chunk, stack, parameters = self._layers("backward")
             inner, back, left = self.way.backward(stack, parameters, kept, gradient)
