@@ -64,9 +64,15 @@ def _notes(layout: Any, config: Any) -> list[str]:
     if layout.accumulate > 1:
         notes.append(f"accumulate {layout.accumulate}: gradients of {layout.accumulate} microbatches summed per step")
     if layout.pipeline is not None:
+        ends = layout.pipeline.vocabulary == "ends"
         notes.append(
             f"pipeline {layout.pipeline}: {layout.microbatches} microbatches through {layout.pipe} stages; embedding "
-            "and head split over them by vocabulary; parameters gathered, and gradients summed, once per step"
+            + (
+                "and head on the first and last, their tables on all"
+                if ends
+                else "and head split over them by vocabulary"
+            )
+            + "; parameters gathered, and gradients summed, once per step"
         )
     if layout.remat != "none":
         notes.append(f"remat {layout.remat}: {REMAT[layout.remat]}")
@@ -75,6 +81,14 @@ def _notes(layout: Any, config: Any) -> list[str]:
         notes.append(f"reduce_gradients {when}: {REDUCE_GRADIENTS[when]}")
     if config is None:
         return notes
+    if layout.pipeline is not None:
+        counts = layout.pipeline.counts(config.num_layers, layout.pipe)
+        rows = max(counts) * len(counts)
+        if rows != config.num_layers:
+            notes.append(
+                f"layers of each piece: {', '.join(map(str, counts))}; {rows - config.num_layers} of {rows} rows of "
+                "layers are padding, which takes memory and time and computes the identity"
+            )
     if config.num_kv_heads < layout.tensor:
         notes.append(
             f"kv heads {config.num_kv_heads} < tensor {layout.tensor}: every device of the tensor axis stores the "

@@ -7,7 +7,7 @@ from typing import Any, Self
 from shardlm._errors import LayoutError, is_int, raise_all
 
 NAMES = ("1f1b", "gpipe", "interleaved", "zb-h1")
-_STORED = "stored"
+_WORDS = {"ends": ("vocabulary", "ends"), "stored": ("recompute", False)}  # what a text may end in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,10 @@ class Pipeline:
         layers: how many layers each of the stages * chunks pieces has, in the model's order; None is as even as can be.
             Pieces of fewer layers than the largest are padded to it with layers that compute the identity, so each
             costs the memory and the time of the largest. `parallel.pipeline.layers_by_cost` makes a list.
+        vocabulary: where embedding and head are. "split": their vocabulary is split over the stages, as over `tensor`,
+            and all compute them together. "ends": the first stage embeds and the last has the head; all stages hold
+            both tables and compute them in each tick, as one program does, but nothing of them is sent until gradients
+            are summed once per step. That pays for a small vocabulary on a slow network.
         recompute: a stage keeps its input for each microbatch under way, and backward makes its forward again. If
             False it keeps what its layers keep, which the layout's `remat` says: with "none" everything that depends on
             the input, so nothing is made again; with "full" each layer's input, so each layer is.
@@ -36,6 +40,7 @@ class Pipeline:
     microbatches: int = 8
     chunks: int = 1
     layers: Sequence[int] | None = None
+    vocabulary: str = "split"
     recompute: bool = True
 
     def __post_init__(self):
@@ -49,19 +54,22 @@ class Pipeline:
             problems.append(f"recompute={self.recompute!r} is not True or False")
         elif self.schedule == "zb-h1" and self.recompute:
             problems.append(
-                "schedule='zb-h1' with recompute=True: it splits gradients of weights from those of inputs, and each half "
-                "would make the forward again, at the cost that it is to save; set recompute=False, or take '1f1b'"
+                "schedule='zb-h1' with recompute=True: it splits gradients of weights from those of inputs, and each "
+                "half would make the forward again, which costs what the split saves; set recompute=False, or take "
+                "'1f1b'"
             )
         if not problems and self.schedule in ("1f1b", "gpipe", "zb-h1") and self.chunks != 1:
             problems.append(
                 f"chunks={self.chunks}: schedule {self.schedule!r} has one chunk per stage; 'interleaved' has several"
             )
-        problems += self._layers_problems()
+        if self.vocabulary not in ("split", "ends"):
+            problems.append(f"vocabulary={self.vocabulary!r} is not one of 'split', 'ends'")
+        problems += self._listed_problems()
         raise_all("this pipeline cannot be", problems)
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(int(n) for n in self.layers))  # hashable, as a layout is
 
-    def _layers_problems(self) -> list[str]:
+    def _listed_problems(self) -> list[str]:
         if self.layers is None:
             return []
         listed = isinstance(self.layers, Sequence) and not isinstance(self.layers, str)
@@ -72,40 +80,39 @@ class Pipeline:
         return []
 
     def counts(self, num_layers: int, stages: int) -> tuple[int, ...]:
-        """Layers of each of the stages * chunks pieces of a model.
+        """Layers of each of the stages * chunks pieces of a model, in its order."""
+        return even(num_layers, stages * self.chunks) if self.layers is None else tuple(self.layers)
 
-        Raises:
-            LayoutError: `layers` are as many pieces as there are not, or do not add up to the model's.
-        """
-        pieces = stages * self.chunks
-        spread = even(num_layers, pieces)
-        if self.layers is None:
-            return spread
-        if len(self.layers) != pieces or sum(self.layers) != num_layers:
-            raise LayoutError(
-                f"pipeline layers={self.layers} are {sum(self.layers)} layers in {len(self.layers)} pieces, but there "
-                f"are num_layers={num_layers} and pipe={stages} x chunks={self.chunks} = {pieces} pieces: "
-                f"the default is layers={spread}"
-            )
-        return tuple(self.layers)
+    def layers_problems(self, num_layers: int, stages: int) -> list[str]:
+        """What is wrong with `layers` for a model of so many."""
+        pieces, given = stages * self.chunks, self.layers
+        if given is None or (len(given) == pieces and sum(given) == num_layers):
+            return []
+        return [
+            f"pipeline layers={given} are {sum(given)} layers in {len(given)} pieces, but there are "
+            f"num_layers={num_layers} and pipe={stages} x chunks={self.chunks} = {pieces} pieces: the default is "
+            f"layers={even(num_layers, pieces)}"
+        ]
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """The pipeline that a text describes: "schedule:microbatches:chunks:layers", as "1f1b:8" or "1f1b:8:1:3+4+4+3".
 
-        What follows the schedule may be left out from the right; a last ":stored" is `recompute=False`.
+        What follows the schedule may be left out from the right. A last ":ends" is `vocabulary="ends"`, a last
+        ":stored" `recompute=False`.
         """
         schedule, *rest = text.split(":")
         settings: dict[str, Any] = {}
-        if rest[-1:] == [_STORED]:
-            settings["recompute"] = False
+        while rest and rest[-1] in _WORDS:
+            name, value = _WORDS[rest[-1]]
+            settings[name] = value
             rest.pop()
         numbers = [part for item in rest for part in item.split("+")]
         if len(rest) > 3 or not all(part.isdecimal() for part in numbers) or any("+" in item for item in rest[:2]):
             raise LayoutError(
-                f"pipeline={text!r}: after the schedule go the numbers of microbatches, of chunks, and of layers of each "
-                f"piece, separated by colons, as in 1f1b:8, interleaved:8:2 or 1f1b:8:1:3+4+4+3, and then {_STORED!r} for "
-                f"recompute=False, as in 1f1b:8:{_STORED}"
+                f"pipeline={text!r}: after the schedule go the numbers of microbatches, of chunks, and of layers of "
+                "each piece, separated by colons, as in 1f1b:8, interleaved:8:2 or 1f1b:8:1:3+4+4+3; "
+                "a last :ends is vocabulary='ends', a last :stored recompute=False"
             )
         settings |= dict(zip(("microbatches", "chunks"), map(int, rest[:2]), strict=False))
         if len(rest) == 3:
@@ -119,7 +126,8 @@ class Pipeline:
             parts.append(str(self.chunks))
         if self.layers is not None:
             parts.append("+".join(map(str, self.layers)))
-        return ":".join(parts if self.recompute else [*parts, _STORED])
+        parts += [word for word, (name, value) in _WORDS.items() if getattr(self, name) == value]
+        return ":".join(parts)
 
 
 def even(num_layers: int, pieces: int) -> tuple[int, ...]:

@@ -204,6 +204,12 @@ class Layout:
         """Into how many parts the rows of a step are cut, one after another: by `accumulate` or by the pipeline."""
         return self.accumulate if self.pipeline is None else self.pipeline.microbatches
 
+    @property
+    def vocabulary_axes(self) -> tuple[Axis, ...]:
+        """The axes that split the vocabulary, the first one major."""
+        ends = self.pipeline is not None and self.pipeline.vocabulary == "ends"
+        return (Axis.TENSOR,) if ends else (Axis.PIPE, Axis.TENSOR)
+
     def _pipeline_problems(self) -> list[str]:
         problems = []
         if self.pipe == 1 and self.pipeline is not None:
@@ -308,10 +314,8 @@ class Layout:
             # Every zero level splits at least the optimizer state, along the embed dim.
             _divides("d_model", config.d_model, Axis.FSDP, self.fsdp),
         ]
-        try:
-            self.pipeline and self.pipeline.counts(config.num_layers, self.pipe)
-        except LayoutError as error:
-            problems.append(str(error))
+        if self.pipeline is not None:
+            problems += self.pipeline.layers_problems(config.num_layers, self.pipe)
         kv = config.num_kv_heads
         if kv % tensor and tensor % kv:
             legal = [n for n in _divisors(config.num_heads) if kv % n == 0 or n % kv == 0]

@@ -18,8 +18,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from shardlm import checkpoint
-from shardlm.checkpoint import Checkpoints, read_metadata, restore, save
+from shardlm.checkpoint import Checkpoints, digest, files, read_metadata, restore, save
 
 ROOT = Path(__file__).parents[1]
 VOCAB = 11  # divides by nothing
@@ -307,7 +306,7 @@ def test_a_flipped_bit_is_found(damaged, monkeypatch):
         restore(path, state)
     # Nothing but the digest sees it.
     digests = json.loads((path / "metadata.json").read_text())["digests"]
-    monkeypatch.setattr(checkpoint, "_digests", lambda arrays: digests)
+    monkeypatch.setattr(files, "digests", lambda arrays: digests)
     assert int((restore(path, state)["w"] != state["w"]).sum()) == 1
 
 
@@ -336,15 +335,15 @@ def test_another_format_is_refused(damaged):
 @pytest.mark.parametrize("dtype", ["bool", "int8", "bfloat16", "float32", "float64", "complex64"])
 def test_digests_see_values_and_places_but_not_the_layout_or_zero_padding(dtype):
     x = np.random.default_rng(0).integers(0, 2, (16, 6)).astype(dtype)
-    digest = int(checkpoint._digest(x))
-    assert int(checkpoint._digest(jax.device_put(x, NamedSharding(grid(4, 2), P("a", "b"))))) == digest
-    assert int(checkpoint._digest(np.concatenate([x, np.zeros((5, 6), dtype)]))) == digest
-    assert int(checkpoint._digest(x[::-1])) != digest
+    expected = int(digest.digest(x))
+    assert int(digest.digest(jax.device_put(x, NamedSharding(grid(4, 2), P("a", "b"))))) == expected
+    assert int(digest.digest(np.concatenate([x, np.zeros((5, 6), dtype)]))) == expected
+    assert int(digest.digest(x[::-1])) != expected
     if dtype != "bool":
-        assert int(checkpoint._digest(x + np.array(0.5 if x.dtype.kind in "fcV" else 1, dtype))) != digest
+        assert int(digest.digest(x + np.array(0.5 if x.dtype.kind in "fcV" else 1, dtype))) != expected
     if dtype == "float32":  # two flips of the highest bit, which a plain weighted sum would let cancel
         y = x + 1
-        assert int(checkpoint._digest(np.where(np.arange(6) < 2, -y, y))) != int(checkpoint._digest(y))
+        assert int(digest.digest(np.where(np.arange(6) < 2, -y, y))) != int(digest.digest(y))
 
 
 def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
@@ -399,7 +398,7 @@ def test_a_save_that_fails_in_the_background_raises_and_the_next_one_works(tmp_p
         checkpoints.save(1, {"x": jnp.ones(3)})
         checkpoints.wait()
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_file_sizes", full)
+            patch.setattr(files, "_file_sizes", full)
             checkpoints.save(2, {"x": jnp.ones(3)})
             with pytest.raises(RuntimeError, match=f"a save to {tmp_path} failed: OSError: No space left on device"):
                 checkpoints.wait()

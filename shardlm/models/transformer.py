@@ -146,8 +146,7 @@ class Transformer(nnx.Module):
         sequence = tokens.shape[1]
         if c.max_sequence is not None and sequence > c.max_sequence:
             raise ValueError(f"a sequence of {sequence} tokens is longer than the {c.max_sequence} learned positions")
-        x = embedding.look_up(self.embedding.table[...], tokens, c.vocab_size).astype(dtype)
-        x = tensor.sum_embedding(x, split)
+        x = embedding.look_up(self.embedding.table[...], tokens, c, split)
         if c.embedding_scale is not None:
             x = x * jnp.asarray(c.embedding_scale, dtype)
         if self.positions is not None:
@@ -238,9 +237,8 @@ class Transformer(nnx.Module):
 
     def logits(self, x: Array) -> Array:
         """`hidden`'s result to logits over the padded vocabulary, or over the part of it that this device holds."""
-        h = tensor.enter_head(self.final_norm(x))
         table = self.embedding if self.head is None else self.head
-        return embedding.logits(table.table[...], h, self.config)
+        return embedding.logits(table.table[...], self.final_norm(x), self.config)
 
     def _rotations(self, positions: Array, dtype: Any) -> list[tuple[Array, Array]]:
         """The rotation of every layer, or of the layers (with a window, without one) where these differ."""

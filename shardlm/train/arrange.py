@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm.dims import Split
 from shardlm.parallel.pipeline.stages import Stages
@@ -29,6 +30,21 @@ def arrange(tree: Any, stages: Stages) -> Any:
     return _map(stages.arrange, tree, (sum(stages.counts),))
 
 
+def gathered(tree: Any, stages: Stages) -> Any:
+    """`in_order` of arrays on devices, one after another; every stage then holds all layers."""
+    if stages.stages == 1:
+        return tree
+
+    def gather(x: Any) -> Any:
+        if not isinstance(x.sharding, NamedSharding):
+            return stages.in_order(x)
+        spec = PartitionSpec(None, *x.sharding.spec[stages.rows.ndim :])
+        out = NamedSharding(x.sharding.mesh, spec)
+        return jax.block_until_ready(jax.jit(stages.in_order, out_shardings=out)(x))
+
+    return _map(gather, tree, stages.rows.shape)
+
+
 def without_padding(tree: Any, stages: Stages) -> Any:
     """The same arrays with zeros where rows are padding."""
 
@@ -40,9 +56,9 @@ def without_padding(tree: Any, stages: Stages) -> Any:
 
 
 def split_in_order(split: Split, stages: Stages) -> Split:
-    """The split of a parameter once it is in the model's order: as it was, but for the layers, which are whole."""
+    """The split of a parameter that is `gathered`: as it was, but for the layers, which are whole."""
     lead = split.stacked
-    if not stages.arranged or not lead:
+    if stages.stages == 1 or not lead:
         return split
     return dataclasses.replace(
         split,

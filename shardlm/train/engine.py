@@ -22,11 +22,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from shardlm import collectives
 from shardlm.dims import DimTable, Split
 from shardlm.layout import Axis, Layout
+from shardlm.models import embedding
 from shardlm.models.config import TransformerConfig
 from shardlm.models.dropout import Dropout
 from shardlm.models.stack import Execution
 from shardlm.models.transformer import Transformer, parameter_dims
-from shardlm.parallel import tensor, zero
+from shardlm.parallel import zero
 from shardlm.parallel.pipeline.stages import Stages
 from shardlm.train import arrange, pipelined
 from shardlm.train.loss import loss_sum, nll_sum
@@ -75,7 +76,7 @@ class Plan:
 
     @property
     def in_order(self) -> dict[str, Split]:
-        """The splits of parameters in the model's order, as `arrange.in_order` gives them."""
+        """The splits of parameters as `arrange.gathered` gives them, their layers in the model's order."""
         return {path: arrange.split_in_order(split, self.stages) for path, split in self.splits.items()}
 
     def shardings(self, which: str) -> Parameters:
@@ -154,7 +155,11 @@ def forward(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, Array], 
     def run(ready: Ready, begun: dict[str, Array], batch: dict[str, Array], key: Array, layers: Array):
         model, hidden = ready(begun)[0], _hidden(plan, ready, begun, batch, key, layers, piped=engine == "manual")
         logits = model.logits(hidden)
-        return {"hidden": hidden, "logits": logits, "nll": tensor.cross_entropy(logits, batch["targets"])}
+        return {
+            "hidden": hidden,
+            "logits": logits,
+            "nll": embedding.cross_entropy(logits, batch["targets"], plan.config),
+        }
 
     def local(parameters: dict[str, Array], batch: dict[str, Array], key: Array, layers: Array) -> dict[str, Array]:
         return run(*_prepare(plan, parameters), batch, key, layers)

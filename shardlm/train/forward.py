@@ -43,7 +43,7 @@ def forward(
         vocabulary] and `nll`[batch, sequence], the negative log-likelihood of each target.
     """
     assert isinstance(trainer.program, TransformerProgram)
-    states.check_usable(state)
+    states.check_usable(state, trainer.abstract_state)
     placed: dict[str, Any] = trainer.place(batch)
     shape = placed["tokens"].shape
     places = {"rows": rows, "columns": columns}

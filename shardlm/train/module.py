@@ -45,6 +45,11 @@ class ModulePlan:
     shapes: Parameters
 
     @property
+    def in_order(self):
+        """The same: a module of one's own is stored as it is."""
+        return self.table.splits
+
+    @property
     def splits(self):
         """For each path, how it is split."""
         return self.table.splits
@@ -182,6 +187,19 @@ class ModuleProgram:
     def check_rows(self, batch_size: int) -> None:
         """Raise LayoutError where a global batch of so many rows cannot be split."""
         raise_all("the batch does not fit the layout", rows.problems(batch_size, self.plan.layout))
+
+    @property
+    def layer_rows(self) -> None:
+        """None: a module of one's own is stored as it is."""
+        return None
+
+    def in_order(self, tree: Any) -> Any:
+        """The tree itself."""
+        return tree
+
+    def arrange(self, tree: Any) -> Any:
+        """The tree itself."""
+        return tree
 
     def padded_rows(self, path: str, shape: tuple[int, ...]) -> int | None:
         """None: nothing is padded."""

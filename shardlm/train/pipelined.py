@@ -54,11 +54,14 @@ def accumulate(
     if table.split and (pipeline.recompute or layout.remat != "none"):  # a user's schedule; ours is checked before
         raise LayoutError(
             f"schedule {pipeline} splits backwards (I and W) with recompute={pipeline.recompute} and "
-            f"remat={layout.remat!r}, but each half would make the forward again: set recompute=False and remat='none', "
-            "or schedule whole backwards (B)"
+            f"remat={layout.remat!r}, but each half would make the forward again: set recompute=False and "
+            "remat='none', or schedule whole backwards (B)"
         )
-    start = collectives.mark_varying(jnp.zeros((), jnp.promote_types(config.dtype, jnp.float32)), _BATCH_AXES)
+    axes = (*_BATCH_AXES, *((Axis.PIPE,) if model.ends else ()))
+    start = collectives.mark_varying(jnp.zeros((), jnp.promote_types(config.dtype, jnp.float32)), axes)
     total, outer, inner = execute(model, table, start, pipeline.recompute)
+    if model.ends:
+        total, outer = jax.tree.map(lambda x: collectives.all_reduce(x, Axis.PIPE), (total, outer))
     if stages.chunks == 1:
         inner = jax.tree.map(lambda x: x[0], inner)
     return total, outer | flatten(inner, _LAYERS)
@@ -100,17 +103,22 @@ def _model(
     stop: Array | None,
 ) -> Model:
     """The model as the executor needs it, on `count` microbatches; microbatch k takes every count-th row."""
+    ends = layout.pipeline is not None and layout.pipeline.vocabulary == "ends"
     outer = {path: x for path, x in parameters.items() if not path.startswith(_LAYERS)}
     inner = {path: x for path, x in parameters.items() if path.startswith(_LAYERS)}
     nested = unflatten({path.removeprefix(_LAYERS): x for path, x in inner.items()})
+    if ends:
+        outer = {
+            path: collectives.mark_varying(x, Axis.PIPE) for path, x in outer.items()
+        }  # gradients summed at the end
     if stages.chunks == 1:
         nested = jax.tree.map(lambda x: x[None], nested)
     rowwise = {name: x for name, x in batch.items() if name != "columns"}
-    microbatches = {name: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for name, x in rowwise.items()}
+    microbatches = {name: x.reshape(-1, count, *x.shape[1:]) for name, x in rowwise.items()}
     held = jnp.asarray(stages.of_stage())[collectives.index(Axis.PIPE)]
 
     def of(number: Array) -> tuple[dict[str, Array], Dropout | None]:
-        one = {name: jax.lax.dynamic_index_in_dim(x, number, keepdims=False) for name, x in microbatches.items()}
+        one = {name: jax.lax.dynamic_index_in_dim(x, number, 1, keepdims=False) for name, x in microbatches.items()}
         if not config.dropout or key is None:
             return one, None
         return one, Dropout(config.dropout, key, one["rows"], batch["columns"])
@@ -140,8 +148,8 @@ def _model(
         (model, _), (one, _) = ready(outer | inner), of(number)
         return nll_sum(model, x, one)
 
-    rows, sequence = microbatches["tokens"].shape[1:]
+    rows, _, sequence = microbatches["tokens"].shape
     split = layout.sequence_parallel
     like = jnp.zeros((rows, sequence // (tensor.parts() if split else 1), config.d_model), config.dtype)
     like = collectives.mark_varying(like, (Axis.PIPE, *_BATCH_AXES, *((Axis.TENSOR,) if split else ())))
-    return Model(embed, layers, head, outer, nested, like)
+    return Model(embed, layers, head, outer, nested, like, ends)

@@ -73,6 +73,11 @@ class Plan(Protocol):
         """For each path, how it is split."""
         ...
 
+    @property
+    def in_order(self) -> dict[str, Split]:
+        """The same of what `Program.in_order` gives."""
+        ...
+
     def shardings(self, which: str) -> Parameters:
         """A sharding for each parameter: `"stored"`, `"sharded"` (as the optimizer state) or `"whole"`."""
         ...
@@ -101,6 +106,19 @@ class Program(Protocol):
     @property
     def variables(self) -> Variables:
         """The variables as `jax.ShapeDtypeStruct`s with shardings; empty where there are none."""
+        ...
+
+    @property
+    def layer_rows(self) -> tuple[Any, ...] | None:
+        """Where layers are not stored in the model's order, which each row is; see `TrainState`."""
+        ...
+
+    def in_order(self, tree: Any) -> Any:
+        """Arrays like the parameters or the optimizer state, their layers in the model's order and on every stage."""
+        ...
+
+    def arrange(self, tree: Any) -> Any:
+        """The inverse of `in_order`, of NumPy arrays."""
         ...
 
     @property

@@ -48,7 +48,7 @@ def sample(
         ValueError: an argument is out of range, or the window does not fit the model or its layout.
     """
     require_devices(trainer.mesh)
-    check_usable(state)
+    check_usable(state, trainer.abstract_state)
     ids = np.asarray(prompt)
     if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
         raise ValueError(f"sample: the prompt is {ids.dtype}{list(ids.shape)}; it is one row of at least one token id")

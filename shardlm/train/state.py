@@ -15,7 +15,11 @@ from shardlm.train.engine import Parameters
 from shardlm.train.program import Program
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt_state", "variables"), meta_fields=())
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("step", "params", "opt_state", "variables"),
+    meta_fields=("layer_rows",),
+)
 @dataclass(frozen=True)
 class TrainState:
     """A training run between two steps: a pytree of global arrays, nothing else.
@@ -26,16 +30,31 @@ class TrainState:
         opt_state: Optax's state; arrays of a parameter's shape are split as its gradient is.
         variables: what the model carries and does not train, such as running statistics: a nested dict of arrays, empty
             for a `sl.Transformer`.
+        layer_rows: where a pipeline stores layers otherwise than as [num_layers, ...], which layer each row is, -1 for
+            padding: (0, 1, -1, 2, 3, 4), or, with chunks, a tuple of such for each; see `parallel.pipeline.stages`.
+            `Trainer.in_order` undoes it.
     """
 
     step: Any
     params: Parameters
     opt_state: Any
     variables: Any = field(default_factory=dict)
+    layer_rows: tuple[Any, ...] | None = None
 
 
-def check_usable(state: TrainState) -> None:
-    """Raise ValueError for a state that a step has used up; on several CPU devices XLA would crash on it."""
+def check_usable(state: TrainState, like: TrainState) -> None:
+    """Raise ValueError for a state that a step has used up, on which XLA would crash, or with its layers elsewhere.
+
+    Args:
+        state: given by a user.
+        like: the trainer's abstract state.
+    """
+    if state.layer_rows != like.layer_rows:
+        found, expected = (x.layer_rows or "in the model's order" for x in (state, like))
+        raise ValueError(
+            f"this state's layers are stored for another pipeline: {found}, and here {expected}. Move it by a "
+            "checkpoint: sl.save(path, state), then sl.restore(path, trainer)"
+        )
     if isinstance(state.step, Array) and state.step.is_deleted():
         raise ValueError(
             "this state was used up by a step, which writes the new state in its place: go on with what the step "
@@ -46,7 +65,7 @@ def check_usable(state: TrainState) -> None:
 def init(program: Program, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The initial state; to be compiled with `abstract`'s shardings, so that each device makes its own part only."""
     params, variables = program.initialize(seed)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), variables)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), variables, program.layer_rows)
 
 
 def abstract(program: Program, optimizer: optax.GradientTransformation) -> TrainState:
@@ -67,7 +86,7 @@ def abstract(program: Program, optimizer: optax.GradientTransformation) -> Train
     opt_state = jax.tree_util.tree_map_with_path(
         lambda keys, x: place(x, _optimizer_spec(keys, x.shape, plan.splits)), shapes.opt_state
     )
-    return TrainState(place(shapes.step, PartitionSpec()), params, opt_state, program.variables)
+    return TrainState(place(shapes.step, PartitionSpec()), params, opt_state, program.variables, program.layer_rows)
 
 
 def _optimizer_spec(keys: tuple[Any, ...], shape: tuple[int, ...], splits: dict[str, Split]) -> PartitionSpec:

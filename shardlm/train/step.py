@@ -34,7 +34,7 @@ def make_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, shards)
             params = program.stored(cast(Parameters, optax.apply_updates(shards, updates)))
         metrics = {"loss": total / weight, program.weight_name: weight, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state, variables), metrics
+        return TrainState(state.step + 1, params, opt_state, variables, state.layer_rows), metrics
 
     return step
 

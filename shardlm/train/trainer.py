@@ -225,7 +225,7 @@ class Trainer:
         Raises:
             ValueError: something is wrong with the batch; or the state was used up by another step.
         """
-        states.check_usable(state)
+        states.check_usable(state, self.abstract_state)
         return self._run(self._step, state, self.place(batch))
 
     def loss_and_grads(self, state: TrainState, batch: Batch) -> tuple[Array, Parameters]:
@@ -235,7 +235,7 @@ class Trainer:
             A scalar, and a nested dict like `state.params` of global arrays, split as the optimizer state is (over
             fsdp at every ZeRO level).
         """
-        states.check_usable(state)
+        states.check_usable(state, self.abstract_state)
         return self._run(self._loss_and_grads, state, self.place(batch))
 
     def evaluate(self, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
@@ -248,7 +248,7 @@ class Trainer:
         Raises:
             ValueError: there is no batch, or no weight in any of them.
         """
-        states.check_usable(state)
+        states.check_usable(state, self.abstract_state)
         sums = [self._evaluated(state, self.place(batch, may_be_empty=True)) for batch in batches]
         total, weight = (
             (math.fsum(float(x) for x in column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
@@ -277,6 +277,14 @@ class Trainer:
             batch: arrays, or `jax.ShapeDtypeStruct`s of the global batch; checked for structure as `place` does.
         """
         return self.program.abstract_batch(batch)
+
+    def in_order(self, tree: Any) -> Any:
+        """Parameters, gradients or a state with their layers as [num_layers, ...] in the model's order, on every stage.
+
+        A pipeline splits layers over its stages, and with chunks or uneven stages it stores them otherwise
+        (`parallel.pipeline.stages`). Each array is gathered over `pipe`; without a pipeline the tree comes back as is.
+        """
+        return self.program.in_order(tree)
 
     def local_rows(self, batch_size: int) -> slice:
         """The rows of a global batch that this process reads; all of them where there is one process."""

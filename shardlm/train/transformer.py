@@ -60,7 +60,7 @@ class TransformerProgram:
                 f"dtype={config.dtype!r}, param_dtype={config.param_dtype!r}: JAX computes in float64 only after "
                 'jax.config.update("jax_enable_x64", True)'
             )
-        parts = layout.pipe * layout.tensor
+        parts = math.prod(layout.sizes[axis] for axis in layout.vocabulary_axes)
         if config.padded_vocab_size % parts:
             config = dataclasses.replace(config, vocab_multiple=math.lcm(config.vocab_multiple, parts))
         plan = Plan.of(config, layout, mesh_on(layout, devices))
@@ -74,6 +74,21 @@ class TransformerProgram:
     def on_one_device(self, device: Any) -> "TransformerProgram":
         """The model as plain JAX on one device: no collective of ours, no accumulation, nothing recomputed."""
         return TransformerProgram.of(self.config, Layout(), [device], "auto")
+
+    @property
+    def layer_rows(self) -> tuple[Any, ...] | None:
+        """Where a pipeline stores layers otherwise than in the model's order, which each row is."""
+        stages = self.plan.stages
+        rows = stages.rows.tolist()
+        return tuple(map(tuple, rows) if stages.chunks > 1 else rows) if stages.arranged else None
+
+    def in_order(self, tree: Any) -> Any:
+        """Layers in the model's order and on every stage."""
+        return arrange.gathered(tree, self.plan.stages)
+
+    def arrange(self, tree: Any) -> Any:
+        """The inverse of `in_order`, of NumPy arrays."""
+        return arrange.arrange(tree, self.plan.stages)
 
     @property
     def title(self) -> str:

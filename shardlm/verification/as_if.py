@@ -95,7 +95,7 @@ def _reordered(runs: Forwards, found: Found) -> Iterator[tuple[Diagnosis, dict[s
     """One leaf of the place, one of its dims cut into chunks, the chunks in a wrong order."""
     sizes, stacked = runs.trainer.layout.sizes, found.place.layer is not None
     for path in (p for p in found.params if p.startswith(_LEAVES.get(found.place.part, ()))):
-        split, value = runs.trainer.plan.splits[path], found.params[path]
+        split, value = runs.trainer.plan.in_order[path], found.params[path]
         spec = tuple(split.sharded) + (None,) * (value.ndim - len(split.sharded))
         for dim in range(stacked, value.ndim):
             names = () if spec[dim] is None else (spec[dim],) if isinstance(spec[dim], str) else spec[dim]
@@ -133,7 +133,7 @@ def _kv_heads(runs: Forwards, found: Found, target: np.ndarray) -> Diagnosis | N
             continue
         params = dict(found.params)
         for path, value in found.params.items():
-            dims = runs.trainer.plan.splits[path].dims
+            dims = runs.trainer.plan.in_order[path].dims
             if "kv_head" in dims:
                 params[path] = np.take(value, used, axis=dims.index("kv_head"))
         state = inputs.put_params(reference, runs.state.step, params)

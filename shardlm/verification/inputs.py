@@ -86,13 +86,14 @@ def start(reference: Trainer, params: Any) -> TrainState:
 
 def put(trainer: Trainer, state: TrainState) -> TrainState:
     """A state of the host on the trainer's devices, laid out as the trainer has it."""
-    return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), state, trainer.abstract_state)
+    like = trainer.abstract_state
+    state = dataclasses.replace(trainer.program.arrange(state), layer_rows=like.layer_rows)
+    return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), state, like)
 
 
 def put_params(trainer: Trainer, step: Any, params: dict[str, Any]) -> TrainState:
     """A state for a forward, from parameters of the host by path: it has no optimizer state."""
-    placed = {
-        path: jax.device_put(params[path], leaf.sharding)
-        for path, leaf in leaves(trainer.abstract_state.params).items()
-    }
-    return TrainState(step, unflatten(placed), None)
+    like = trainer.abstract_state
+    arranged = leaves(trainer.program.arrange(unflatten(params)))
+    placed = {path: jax.device_put(arranged[path], leaf.sharding) for path, leaf in leaves(like.params).items()}
+    return TrainState(step, unflatten(placed), None, layer_rows=like.layer_rows)

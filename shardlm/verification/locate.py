@@ -213,7 +213,7 @@ def _zero_infinities(x: np.ndarray) -> np.ndarray:
 
 def dims_of(trainer: Trainer, path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     """Names of the dims of a parameter, or of optimizer state that is like one; None where they have none."""
-    for name, split in trainer.plan.splits.items():
+    for name, split in trainer.plan.in_order.items():
         if (path == name or path.endswith("/" + name)) and split.shape == shape:
             return split.dims
     return (None,) * len(shape)

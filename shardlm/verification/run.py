@@ -208,6 +208,5 @@ class _Sides:
         """What an explanation of wrong gradients works with."""
         return explain.Context(self.trainer, self.reference, self.start, self.batch, self.arithmetic)
 
-    @staticmethod
-    def _to_host(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [r if i == 1 else jax.tree.map(np.array, r) for i, r in enumerate(results)]
+    def _to_host(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [self.trainer.in_order(r) if i == 1 else jax.tree.map(np.array, r) for i, r in enumerate(results)]

@@ -20,7 +20,6 @@ import shardlm as sl
 from shardlm.inspect.hlo import collectives
 from shardlm.models import attention
 from shardlm.models.dropout import Dropout
-from shardlm.train import arrange
 from shardlm.train.engine import flatten, unflatten
 
 pytestmark = pytest.mark.usefixtures("x64_module")
@@ -40,6 +39,7 @@ GPT = sl.TransformerConfig(
 CHUNKED = dataclasses.replace(LLAMA, attention=dataclasses.replace(LLAMA.attention, implementation="chunked"))
 CONFIGS = {"llama": LLAMA, "gpt": GPT, "chunked": CHUNKED}
 CONFIGS |= {f"{name}4": dataclasses.replace(CONFIGS[name], num_layers=4) for name in ("llama", "gpt")}
+CONFIGS |= {"gpt8": dataclasses.replace(GPT, num_layers=8)}
 PIPELINES = [
     ("llama4", "pipe=2,pipeline=1f1b:3"),
     ("llama4", "pipe=4,data=2,pipeline=1f1b:6"),
@@ -47,6 +47,14 @@ PIPELINES = [
     ("llama4", "pipe=2,fsdp=2,tensor=2,pipeline=1f1b:4,remat=full"),
     ("gpt4", "pipe=2,data=2,tensor=2,sequence_parallel,pipeline=1f1b:3"),
     ("gpt4", "pipe=4,tensor=2,pipeline=1f1b:2"),
+    ("llama4", "pipe=2,fsdp=2,tensor=2,pipeline=interleaved:4:2"),
+    ("gpt8", "pipe=4,data=2,pipeline=interleaved:4:2"),
+    ("gpt", "pipe=2,data=2,tensor=2,sequence_parallel,pipeline=interleaved:2:3:0+1+0+1+1+0"),
+    ("llama", "pipe=2,fsdp=2,pipeline=1f1b:3"),
+    ("llama", "pipe=8,pipeline=1f1b:3"),
+    ("llama4", "pipe=2,fsdp=2,zero=2,pipeline=1f1b:3:ends"),
+    ("gpt4", "pipe=2,data=2,tensor=2,sequence_parallel,pipeline=interleaved:2:2:ends"),
+    ("llama4", "pipe=2,fsdp=2,tensor=2,zero=1,pipeline=gpipe:2:1:3+1,remat=dots"),
     ("gpt4", "pipe=2,data=2,tensor=2,sequence_parallel,pipeline=1f1b:3:stored"),
     ("llama4", "pipe=2,fsdp=2,tensor=2,remat=full,pipeline=interleaved:4:2:stored"),
     ("llama4", "pipe=2,fsdp=2,zero=3,remat=dots,pipeline=gpipe:3:1:3+1:stored"),
@@ -172,18 +180,20 @@ def compiled(name: str, layout: str, engine: str) -> tuple[sl.Trainer, jax.stage
 def run(name: str, layout: str, engine: str) -> dict:
     """The same from a Trainer that starts at the reference's parameters."""
     config, (trainer, _) = CONFIGS[name], compiled(name, layout, engine)
-    start, stages = reference(name)["start"], trainer.program.plan.stages
-    stored = arrange.arrange(start, stages)
-    state = sl.TrainState(np.zeros((), np.int32), stored, trainer.optimizer.init(stored))
+    start, arrange = reference(name)["start"], trainer.program.arrange
+    state = sl.TrainState(np.zeros((), np.int32), arrange(start), arrange(trainer.optimizer.init(start)))
+    state = dataclasses.replace(state, layer_rows=trainer.abstract_state.layer_rows)
     state = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), state, trainer.abstract_state)
     losses, first = [], None
     for _ in range(STEPS):
         state, metrics = trainer.step(state, batch_of(config))
         losses.append(float(metrics["loss"]))
-        first = to_host(state.opt_state[0]) if first is None else first
+        first = to_host(trainer.in_order(state.opt_state[0])) if first is None else first
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, trainer.abstract_state)
-    found = {"losses": losses, "grads": first, "params": state.params, "opt_state": state.opt_state}
-    return {"start": start} | arrange.in_order(to_host(found), stages)
+    state = trainer.in_order(state)
+    return to_host(
+        {"start": start, "losses": losses, "grads": first, "params": state.params, "opt_state": state.opt_state}
+    )
 
 
 def worst(expected, found) -> tuple[float, str]:
@@ -220,6 +230,8 @@ def test_a_pipeline_gives_the_numbers_of_one_device(name: str, layout: str):
 def test_the_compiler_partitions_a_pipelined_layout_too():
     with pytest.warns(UserWarning, match="engine='auto' runs no schedule: 1f1b:3 has no effect"):
         check(reference("llama4"), run("llama4", "pipe=2,data=2,pipeline=1f1b:3", "auto"))
+    with pytest.warns(UserWarning, match="engine='auto' runs no schedule"):
+        check(reference("llama4"), run("llama4", "pipe=2,pipeline=interleaved:2:2:0+2+1+1", "auto"))
 
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)

@@ -92,17 +92,19 @@ def wrong_kv_head(monkeypatch):
 
 def offset_by_one_in_embed(monkeypatch):
     embed = tensor.embed
-    monkeypatch.setattr(tensor, "embed", lambda table, ids: embed(table, ids - collectives.index(Axis.TENSOR)))
+    monkeypatch.setattr(
+        tensor, "embed", lambda table, ids, *axes: embed(table, ids - collectives.index(Axis.TENSOR), *axes)
+    )
 
 
 def no_offset_in_embed(monkeypatch):
     embed = tensor.embed
     held = lambda table: collectives.index(Axis.TENSOR) * table.shape[0]  # noqa: E731
-    monkeypatch.setattr(tensor, "embed", lambda table, ids: embed(table, ids + held(table)))
+    monkeypatch.setattr(tensor, "embed", lambda table, ids, *axes: embed(table, ids + held(table), *axes))
 
 
 def no_mask_in_embed(monkeypatch):
-    def embed(table, ids):
+    def embed(table, ids, axes):
         local = ids - collectives.index(Axis.TENSOR) * table.shape[0]
         return jnp.take(table, jnp.where((local >= 0) & (local < table.shape[0]), local, 0), axis=0)
 
@@ -111,7 +113,7 @@ def no_mask_in_embed(monkeypatch):
 
 def offset_by_one_in_loss(monkeypatch):
     entropy = tensor.cross_entropy
-    shifted = lambda z, targets: entropy(z, targets - collectives.index(Axis.TENSOR))  # noqa: E731
+    shifted = lambda z, targets, *axes: entropy(z, targets - collectives.index(Axis.TENSOR), *axes)  # noqa: E731
     monkeypatch.setattr(tensor, "cross_entropy", shifted)
 
 
@@ -167,7 +169,7 @@ def second_mlp_doubled(monkeypatch):
     branch = Block._branch
 
     def doubled(self, y, norm, dropout, layer, site):
-        wrong = jnp.where(layer == 1, 2, 1) if site == 1 and collectives.active(Axis.DATA) else 1
+        wrong = jnp.where(layer == 1, 2, 1) if site == 1 and collectives.active((Axis.DATA, Axis.PIPE)) else 1
         return wrong * branch(self, y, norm, dropout, layer, site)
 
     monkeypatch.setattr(Block, "_branch", doubled)
@@ -178,7 +180,7 @@ def first_query_negated(monkeypatch):
 
     def negated(gradient, plan):
         wrong = plan.split.path == "layers/attention/query/kernel"
-        return finish(gradient.at[0].multiply(-1) if wrong else gradient, plan)
+        return finish(gradient.at[0].multiply(-1) if wrong else gradient, plan)  # a layer, or a chunk of every stage
 
     monkeypatch.setattr(zero, "finish", negated)
 
@@ -269,6 +271,10 @@ FAULTS = [
     (gathered_backwards, "llama", "fsdp=4", ("permutation", "fsdp", "embed"), ("forward", "mlp", 0)),
     (second_mlp_doubled, "llama", "data=2", ("scale", None, None), ("forward", "mlp", 1)),
     (first_query_negated, "llama", "data=2,reduce_gradients=step", ("sign", None, None), ("backward", QUERY, 0)),
+    (second_mlp_doubled, "llama", "pipe=2,pipeline=interleaved:2:2:0+1+1+0",
+     ("scale", None, None), ("forward", "mlp", 1)),
+    (first_query_negated, "llama", "pipe=2,pipeline=interleaved:2:2:0+1+1+0",
+     ("sign", None, None), ("backward", QUERY, 0)),
     (reduced_backwards, "llama", "fsdp=4,zero=2", ("permutation", "fsdp", "embed"), ("backward", HEAD, None)),
     (updated_gathered_backwards, "llama", "fsdp=4,zero=1",
      ("permutation", "fsdp", "embed"), ("update", "embedding/table", None)),

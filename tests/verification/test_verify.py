@@ -20,6 +20,7 @@ RIGHT = [
     ("llama", "tensor=4,accumulate=2", "float32", "manual"),  # 2 key/value heads on 4 devices
     ("gpt", "fsdp=2,tensor=2,zero=1,sequence_parallel,accumulate=2,remat=full", "float64", "manual"),
     ("llama", "data=2,tensor=2", "float32", "auto"),
+    ("gpt", "pipe=2,fsdp=2,pipeline=1f1b:2:1:1+1", "float32", "manual"),
 ]
 
 

@@ -3,6 +3,7 @@
 from .draw import chart, text_chart
 from .schedule import SCHEDULES, Kind, Operation, Orders, Schedule, orders
 from .simulate import Simulation, Span, Tick, Times, asynchronous, synchronous
+from .stages import Stages, balance, layers_by_cost
 from .table import Segment, Table
 from .ticks import make_table
 from .validate import validate
@@ -15,12 +16,15 @@ __all__ = [
     "Schedule",
     "Segment",
     "Simulation",
+    "Stages",
     "Span",
     "Table",
     "Tick",
     "Times",
     "asynchronous",
+    "balance",
     "chart",
+    "layers_by_cost",
     "make_table",
     "orders",
     "synchronous",

@@ -68,7 +68,7 @@ class Recompute:
         return stack.run(parameters, x), x
 
     def backward(self, stack: Stack, parameters: Tree, kept: Tree, gradient: Array) -> tuple[Tree, Array, Tree]:
-        """Gradients of the parameters, None where they come later, of the input, and what those that come later need."""
+        """Gradients of the parameters, None where they come later; that of the input; and what the later ones need."""
         with jax.named_scope("rematted_computation"):
             _, transpose = jax.vjp(stack.run, parameters, kept)
         return *transpose(gradient), None

@@ -1,8 +1,9 @@
 """One program for every table: a scan over its ticks, inside the fully manual region; shapes are per device.
 
 Each device holds the layers of its stage. The embedding and the head belong to no stage: their vocabulary is split over
-the stages, and all compute them together (arXiv:2411.05288). What a tick does, in which order, is in `table.py`; here
-each step of it is one function of the carry.
+the stages, and all compute them together (arXiv:2411.05288); or they are on the first and the last stage, and what the
+others compute is masked. What a tick does, in which order, is in `table.py`; here each step of it is one function of
+the carry.
 
 Whether a tick has a forward, a backward, a head is the same for all devices, so those are branches; what a stage
 without work computes in such a tick is masked. Receive buffers and the stash of inputs have as many slots as the table
@@ -32,12 +33,13 @@ class Model:
     """The model as the executor needs it; `microbatch` and `chunk` are int32 scalars, their numbers.
 
     Attributes:
-        embed: (outer, microbatch) -> x, the residual stream before the first layer; all stages together.
+        embed: (outer, microbatch) -> x, the residual stream before the first layer; all stages together, or by itself.
         layers: (x, microbatch, chunk) -> the layers of this stage's chunk, for what is like x.
-        head: (outer, x, microbatch) -> sum of losses; all stages together, on the same x.
+        head: (outer, x, microbatch) -> sum of losses; all stages together, on the same x, or by itself.
         outer: parameters of the embedding and the head.
         inner: parameters of this stage's layers [chunks, layers, ...].
         like: what x looks like: its shape, dtype and the axes over which it varies, `pipe` among them.
+        ends: the first stage embeds and the last has the head, each by itself; `outer` varies over `pipe`.
     """
 
     embed: Callable[[Tree, Array], Array]
@@ -46,6 +48,7 @@ class Model:
     outer: Tree
     inner: Tree
     like: Array
+    ends: bool = False
 
 
 class _Carry(NamedTuple):
@@ -78,7 +81,8 @@ def execute(model: Model, table: Table, loss: Array, recompute: bool = True) -> 
         recompute: backward makes the stage's forward again; not with split backwards.
 
     Returns:
-        The sum, the same on all stages; gradients of `outer` and `inner`.
+        The sum, the same on all stages, and gradients of `outer` and `inner`. With `model.ends` the sum and the
+        gradients of `outer` are parts, to be added over the stages.
     """
     assert table.stages == collectives.size(Axis.PIPE) and not (table.split and recompute)
     stage = collectives.index(Axis.PIPE)
@@ -232,7 +236,7 @@ class _Tick:
     def _embed_backward(self, back: Array, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
         carry, _ = given
         number = self.row["embed_gradient_microbatch"]
-        gradient = self._broadcast(back, 0)
+        gradient = self._of(0, back)
         embed = lambda outer: self.model.embed(outer, number)  # noqa: E731
         with jax.named_scope("backward"):
             _, transpose = jax.vjp(embed, self.model.outer)
@@ -253,11 +257,16 @@ class _Tick:
 
     def _head(self, out: Array, carry: _Carry) -> _Carry:
         number = self.row["head_microbatch"]
-        x = self._broadcast(out, self.stages - 1)
-        head = lambda outer, x: self.model.head(outer, x, number)  # noqa: E731
+        last = self.stages - 1
+        x = self._of(last, out)
+
+        def head(outer: Tree, x: Array) -> Array:
+            loss = self.model.head(outer, x, number)
+            return _mask(collectives.index(Axis.PIPE) == last, loss) if self.model.ends else loss
+
         loss, transpose = jax.vjp(head, self.model.outer, x)
         outer, gradient = transpose(jnp.ones_like(loss))
-        slot = jnp.where(collectives.index(Axis.PIPE) == self.stages - 1, self.row["head_write"], -1)
+        slot = jnp.where(collectives.index(Axis.PIPE) == last, self.row["head_write"], -1)
         gradient = collectives.mark_varying(gradient, Axis.PIPE)
         return carry._replace(
             loss=carry.loss + loss,
@@ -268,9 +277,10 @@ class _Tick:
     def _send(self, x: Array, step: int, nothing: Array) -> Array:
         return collectives.shift(x, Axis.PIPE, step)
 
-    def _broadcast(self, x: Array, stage: int) -> Array:
-        """What one stage has, on all of them."""
-        return collectives.all_reduce(_mask(collectives.index(Axis.PIPE) == stage, x), Axis.PIPE)
+    def _of(self, stage: int, x: Array) -> Array:
+        """What one stage has, on all of them; or, where each end is by itself, on that one, and zero on the others."""
+        own = _mask(collectives.index(Axis.PIPE) == stage, x)
+        return own if self.model.ends else collectives.all_reduce(own, Axis.PIPE)
 
 
 def _read(buffer: Tree, slot: Array) -> Tree:

@@ -2,9 +2,9 @@
 
 The model is cut into v p pieces of consecutive layers, and the pieces are dealt out to the stages in turn: chunk c of
 stage s is piece c p + s. A device holds v chunks of k layers, k being the most that any piece has, so a stacked
-parameter is stored as `[chunks, stages * k, ...]`, its second dim split over `pipe`; without chunks as `[stages * k, ...]`.
-Pieces of fewer layers end in rows of padding, zeros that compute the identity. Read row by row, layers stay in the
-model's order; where there is neither padding nor a second chunk, the stored array is `[num_layers, ...]` as anywhere.
+parameter is stored as `[chunks, stages * k, ...]`, its second dim split over `pipe`, or, of one chunk, as
+`[stages * k, ...]`. Pieces of fewer layers end in rows of padding, zeros that compute the identity. Read row by row,
+layers stay in the model's order; with neither padding nor a second chunk this is `[num_layers, ...]`, as anywhere.
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,7 @@ class Stages:
 
     @classmethod
     def of(cls, layout: Layout, num_layers: int) -> "Stages":
-        """The stages of a layout, one without a pipeline being a single stage.
-
-        Raises:
-            LayoutError: the pipeline's `layers` do not fit the stages, or do not add up to the model's.
-        """
+        """The stages of a layout that `check` has passed; without a pipeline there is one."""
         pipeline = layout.pipeline
         if pipeline is None:
             return cls((num_layers,), 1)
@@ -96,6 +92,33 @@ class Stages:
     def of_stage(self) -> np.ndarray:
         """int32[stages, chunks, depth]: the rows by stage, as its device holds them."""
         return self.rows.reshape(self.chunks, self.stages, self.depth).swapaxes(0, 1)
+
+
+def layers_by_cost(config: Any, stages: int, sequence: int, chunks: int = 1) -> tuple[int, ...]:
+    """A list for `Pipeline(layers=...)`: the stage with the most FLOPs has as few as can be.
+
+    Counted are each layer's matrix products and, as far as its sliding window goes, its attention; embedding and head
+    are not, as all stages compute them together. Stages wait for the slowest and are padded to the longest, so this
+    pays where layers differ, as with windows; equal layers are spread evenly.
+
+    Args:
+        config: a `TransformerConfig`.
+        stages, chunks: the layout's.
+        sequence: tokens per row.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+    for name, value in (("stages", stages), ("sequence", sequence), ("chunks", chunks)):
+        if value < 1:
+            raise ValueError(f"layers_by_cost: {name}={value}; it is at least 1")
+    c = config
+    heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    products = 2 * c.d_model * (heads + c.d_ff * (3 if c.mlp.gated else 2))
+    seen = [sequence if window is None else min(window, sequence) for window in c.windows]
+    # A query sees its window, or half the sequence on average.
+    visible = [n - n * (n - 1) / (2 * sequence) for n in seen]
+    return balance([products + 4 * c.num_heads * c.head_dim * n for n in visible], stages * chunks)
 
 
 def balance(costs: Sequence[float], pieces: int, first: float = 0.0, last: float = 0.0) -> tuple[int, ...]:

@@ -16,8 +16,11 @@ STAGES, SEQUENCE = 4, 64
 
 
 def trainer(schedule, microbatches: int) -> sl.Trainer:
-    layout = sl.Layout(pipe=STAGES, pipeline=sl.Pipeline(schedule=schedule, microbatches=microbatches))
-    return sl.Trainer(CONFIG, layout, optax.sgd(1e-3), devices=jax.devices()[:STAGES])
+    """Four layers on four stages, or on two of two chunks."""
+    chunks = 2 if schedule == "interleaved" else 1
+    pipeline = sl.Pipeline(schedule=schedule, microbatches=microbatches, chunks=chunks)
+    layout = sl.Layout(pipe=STAGES // chunks, pipeline=pipeline)
+    return sl.Trainer(CONFIG, layout, optax.sgd(1e-3), devices=jax.devices()[: layout.pipe])
 
 
 def compiled(schedule, microbatches: int):
@@ -30,9 +33,8 @@ def compiled(schedule, microbatches: int):
 
 @pytest.fixture(scope="module")
 def programs() -> dict:
-    return {
-        (name, m): compiled(name, m) for name, counts in {"1f1b": (8, 16, 32), "gpipe": (8, 32)}.items() for m in counts
-    }
+    counts = {"1f1b": (8, 16, 32, 64), "interleaved": (8, 64), "gpipe": (8, 32)}
+    return {(name, m): compiled(name, m) for name in counts for m in counts[name]}
 
 
 def temporaries(program) -> int:
@@ -40,9 +42,10 @@ def temporaries(program) -> int:
 
 
 def test_memory_of_1f1b_does_not_grow_with_the_microbatches_and_of_gpipe_does(programs):
-    found = [temporaries(programs["1f1b", m]) for m in (8, 16, 32)]
-    # What does grow is the batch of integers itself, cut into microbatches.
-    assert max(found) <= 1.03 * min(found)
+    for schedule, counts in {"1f1b": (8, 16, 32, 64), "interleaved": (8, 64)}.items():
+        found = [temporaries(programs[schedule, m]) for m in counts]
+        # What does grow is the batch of integers itself, cut into microbatches.
+        assert max(found) <= 1.03 * min(found), (schedule, found)
     more = temporaries(programs["gpipe", 32]) - temporaries(programs["gpipe", 8])
     one = 2 * SEQUENCE * CONFIG.d_model * 4
     assert more >= 24 * one  # a stashed input and more for each further microbatch
@@ -50,11 +53,12 @@ def test_memory_of_1f1b_does_not_grow_with_the_microbatches_and_of_gpipe_does(pr
 
 def test_the_program_does_not_grow_with_the_microbatches(programs):
     kinds = r"(all-reduce|all-gather|reduce-scatter|collective-permute)(?:-start)?\("
-    found = [re.findall(kinds, programs["1f1b", m].as_text()) for m in (8, 16, 32)]
-    assert found[0] and all(sorted(one) == sorted(found[0]) for one in found)
-    assert found[0].count("collective-permute") == 2  # one each way
-    lengths = [len(programs["1f1b", m].as_text()) for m in (8, 32)]
-    assert lengths[1] < 1.05 * lengths[0]
+    for schedule, counts in {"1f1b": (8, 16, 32, 64), "interleaved": (8, 64)}.items():
+        found = [re.findall(kinds, programs[schedule, m].as_text()) for m in counts]
+        assert found[0] and all(sorted(one) == sorted(found[0]) for one in found)
+        assert found[0].count("collective-permute") == 2  # one each way
+        lengths = [len(programs[schedule, m].as_text()) for m in counts]
+        assert lengths[-1] < 1.08 * lengths[0]  # the table of ticks is in it
 
 
 def test_a_users_schedule_runs_and_gives_the_same_numbers():
@@ -71,18 +75,69 @@ def test_a_users_schedule_runs_and_gives_the_same_numbers():
         np.testing.assert_allclose(np.asarray(b), np.asarray(a), rtol=0, atol=1e-5 * float(np.abs(a).max()))
 
 
-def test_a_checkpoint_moves_between_a_pipeline_and_none(tmp_path):
-    piped, plain = trainer("1f1b", 2), sl.Trainer(CONFIG, sl.Layout(fsdp=2), optax.sgd(1e-3), devices=jax.devices()[:2])
-    state = piped.init()
-    sl.save(tmp_path / "piped", state)
-    there = sl.restore(tmp_path / "piped", plain)
-    sl.save(tmp_path / "plain", there)
-    back = sl.restore(tmp_path / "plain", piped)
-    for a, b, c in zip(*map(jax.tree.leaves, (state, there, back)), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(c))
-    table = back.params["layers"]["mlp"]["up"]["kernel"]
-    assert table.sharding.spec[0] == "pipe" and table.sharding.shard_shape(table.shape)[0] == 1
+FOUR = {
+    "plain": sl.Layout(fsdp=2),
+    "1f1b": sl.Layout(pipe=4, pipeline=sl.Pipeline(microbatches=2)),
+    "interleaved": sl.Layout(pipe=2, tensor=2, pipeline=sl.Pipeline(schedule="interleaved", microbatches=2, chunks=2)),
+    "uneven": sl.Layout(pipe=2, pipeline=sl.Pipeline(microbatches=2, layers=[1, 3])),
+    "otherwise uneven": sl.Layout(pipe=2, pipeline=sl.Pipeline(microbatches=2, layers=[3, 1])),
+    "uneven chunks": sl.Layout(
+        pipe=2, fsdp=2, pipeline=sl.Pipeline(schedule="interleaved", microbatches=2, chunks=2, layers=[0, 2, 1, 1])
+    ),
+}
+
+
+def test_a_checkpoint_moves_between_pipelines_and_none(tmp_path):
+    made = {
+        name: sl.Trainer(CONFIG, layout, optax.adam(1e-3), devices=jax.devices()[: layout.num_devices])
+        for name, layout in FOUR.items()
+    }
+    # Moments unlike the parameters, and every layer unlike the others.
+    start = made["plain"].init()
+    start = dataclasses.replace(start, opt_state=jax.tree.map(lambda x: x + 2, start.opt_state))
+    expected, before = jax.tree.leaves(start), "plain"
+    sl.save(tmp_path / before, start)
+    for name in ("interleaved", "uneven", "otherwise uneven", "uneven chunks", "1f1b", "plain"):
+        trainer = made[name]
+        state = sl.restore(tmp_path / before, trainer)
+        assert jax.tree.structure(state) == jax.tree.structure(trainer.abstract_state)
+        for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(trainer.abstract_state), strict=True):
+            assert (leaf.shape, leaf.sharding) == (like.shape, like.sharding)
+        for a, b in zip(expected, jax.tree.leaves(trainer.in_order(state)), strict=True):
+            np.testing.assert_array_equal(np.asarray(b), np.asarray(a), err_msg=name)
+        before = f"from {name}"
+        sl.save(tmp_path / before, state)
+
+
+def test_a_checkpoint_of_other_layers_is_refused(tmp_path):
+    sl.save(tmp_path / "four", sl.Trainer(CONFIG, FOUR["uneven"], devices=jax.devices()[:2]).init())
+    five = dataclasses.replace(CONFIG, num_layers=5)
+    layout = sl.Layout(pipe=2, pipeline=sl.Pipeline(microbatches=2, layers=[2, 3]))
+    for other, found in ((layout, r"\(6, 64, 128\)"), (sl.Layout(fsdp=2), r"\(5, 64, 128\)")):
+        text = rf"params/layers/mlp/up/kernel: shape expected {found} of 5 layers, found \(6, 64, 128\) of 4 layers"
+        with pytest.raises(ValueError, match=text):
+            sl.restore(tmp_path / "four", sl.Trainer(five, other, devices=jax.devices()[:2]))
+
+
+def test_every_stage_holds_its_layers_and_padding_is_zero():
+    trainer = sl.Trainer(CONFIG, FOUR["uneven chunks"], devices=jax.devices()[:4])
+    plain = sl.Trainer(CONFIG, FOUR["plain"], devices=jax.devices()[:2])
+    state = trainer.init()
+    kernel, whole = (x.params["layers"]["mlp"]["up"]["kernel"] for x in (state, plain.init()))
+    assert state.layer_rows == ((-1, -1, 0, 1), (2, -1, 3, -1))
+    assert kernel.shape == (2, 4, 64, 128) and tuple(kernel.sharding.spec) == (None, "pipe", "fsdp")
+    for chunk, rows in enumerate(state.layer_rows):
+        for row, layer in enumerate(rows):
+            np.testing.assert_array_equal(kernel[chunk, row], whole[layer] if layer >= 0 else 0)
+    assert trainer.num_parameters == plain.num_parameters
+    assert "4 of 8 rows of layers are padding" in trainer.describe()
+
+
+def test_a_state_whose_layers_are_elsewhere_is_refused():
+    one, two = (sl.Trainer(CONFIG, FOUR[name], devices=jax.devices()[:2]) for name in ("uneven", "otherwise uneven"))
+    rows = np.ones((2, SEQUENCE), np.int32)
+    with pytest.raises(ValueError, match=r"stored for another pipeline: \(0, -1, -1, 1, 2, 3\), and here \(0, 1, 2, 3"):
+        two.step(one.init(), {"tokens": rows, "targets": rows})
 
 
 def test_a_report_says_what_the_bubble_is():
@@ -96,7 +151,16 @@ def test_a_report_says_what_the_bubble_is():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"pipe": 3}, "num_layers=4"),
+        (
+            {"pipe": 2, "pipeline": sl.Pipeline(layers=[3, 2])},
+            r"layers=\(3, 2\) are 5 layers in 2 pieces, but there are num_layers=4 and pipe=2 x chunks=1 = 2 pieces: "
+            r"the default is layers=\(2, 2\)",
+        ),
+        ({"pipe": 2, "pipeline": sl.Pipeline(layers=[1, 1, 2])}, "are 4 layers in 3 pieces, but there are"),
+        (
+            {"pipe": 4, "pipeline": sl.Pipeline(schedule="interleaved", microbatches=6, chunks=2)},
+            "microbatches=6 is not a positive multiple of pipe=4: pipe can be 1, 2, 3, 6, or microbatches 4 or 8",
+        ),
         ({"pipe": 2, "batch": 12}, r"batch_size=12 is not a positive multiple of microbatches=8"),
         ({"pipe": 2, "accumulate": 2}, "a pipeline accumulates over its own microbatches"),
         ({"pipe": 2, "reduce_gradients": "layer"}, "sums gradients once, after its last tick"),
@@ -114,11 +178,13 @@ def test_layouts_that_cannot_be_are_refused(settings, text):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"schedule": "2f2b"}, "schedule='2f2b' is not '1f1b' or 'gpipe', nor a function"),
-        ({"schedule": "interleaved"}, "schedule='interleaved' is not run yet; '1f1b' and 'gpipe' are"),
+        ({"schedule": "2f2b"}, "schedule='2f2b' is not one of '1f1b', 'gpipe', 'interleaved', nor a function"),
         ({"schedule": "zb-h1"}, "'zb-h1' is not run yet"),
         ({"microbatches": 0}, "microbatches=0 is not a positive integer"),
-        ({"chunks": 2}, "chunks=2: several chunks per stage are not available yet"),
+        ({"chunks": 2}, "chunks=2: schedule '1f1b' has one chunk per stage; 'interleaved' has several"),
+        ({"layers": "3+1"}, "layers='3\\+1' is not a list of how many layers each piece has"),
+        ({"layers": [3, -1]}, "is not a list of how many layers each piece has"),
+        ({"layers": [0, 0]}, "is not a list of how many layers each piece has"),
     ],
 )
 def test_pipelines_that_cannot_be_are_refused(settings, text):
@@ -132,5 +198,12 @@ def test_a_pipeline_is_read_from_text_and_written_to_it():
     assert sl.Layout.parse(str(layout)) == layout
     assert sl.Layout(pipe=2).pipeline == sl.Pipeline() and sl.Layout(pipe=2) == sl.Layout.parse("pipe=2")
     assert dataclasses.replace(layout, data=1).microbatches == 6
-    with pytest.raises(sl.LayoutError, match="after the colon goes the number of microbatches"):
-        sl.Layout.parse("pipe=4,pipeline=1f1b:many")
+    piped = sl.Pipeline(schedule="interleaved", microbatches=4, chunks=2, layers=(1, 2, 2, 1))
+    assert sl.Layout.parse("pipe=2,pipeline=interleaved:4:2:1+2+2+1").pipeline == piped
+    assert sl.Layout.parse(str(sl.Layout(pipe=2, pipeline=piped))).pipeline == piped
+    assert hash(sl.Pipeline(layers=[1, 2])) == hash(sl.Pipeline(layers=(1, 2)))
+    for text in ("1f1b:many", "1f1b:2+2", "1f1b:8:1:3+x", "1f1b:8:1:4:4"):
+        with pytest.raises(
+            sl.LayoutError, match="after the schedule go the numbers of microbatches, of chunks, and of"
+        ):
+            sl.Layout.parse(f"pipe=4,pipeline={text}")

@@ -1,0 +1,123 @@
+"""Arrays that two layouts store in other rows: a vocabulary's padding, and the layers of a pipeline's stages.
+
+- A table over the vocabulary ends in rows of padding, as many as its layout needs. `Rows` says how many are real.
+- Stacked layers, known by the component `layers` of their path, are [num_layers, ...] in the model's order, unless the
+  state's attribute `layer_rows` says otherwise: which layer each row is, -1 for padding, a list for each chunk where
+  they have a dim of chunks. It is saved with the state.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+Rows = Callable[[str, tuple[int, ...]], int | None]
+"""`rows(path of a leaf, its shape in the target)`: how many rows (dim 0) are real and not padding; None: not padded."""
+
+LAYERS = "layers"
+
+
+class Change(NamedTuple):
+    """A leaf that is stored otherwise than the target wants it.
+
+    Attributes:
+        load: what is loaded.
+        make: from that, what is wanted; to be compiled with the target's sharding.
+    """
+
+    load: jax.ShapeDtypeStruct
+    make: Callable[[jax.Array], jax.Array]
+
+
+def changes(
+    stored: dict[str, Any], wanted: dict[str, Any], rows: Rows, arranged: tuple[Any, Any]
+) -> tuple[dict[str, Change], list[str]]:
+    """What to do to the stored leaves, by path, and why it cannot be done.
+
+    Args:
+        stored, wanted: shapes and dtypes by path; the latter with shardings.
+        rows: of the padded ones.
+        arranged: `layer_rows` of what is stored, and of the target.
+    """
+    found: dict[str, Change] = {}
+    problems = []
+    for name in sorted(stored.keys() | wanted.keys()):
+        if name not in stored or name not in wanted:
+            what, array = ("missing, expected", wanted[name]) if name in wanted else ("not expected", stored[name])
+            problems.append(f"{name}: {what} {array.dtype} {tuple(array.shape)}")
+            continue
+        leaf, there = wanted[name], stored[name]
+        if _is_arranged(name, there, leaf, arranged):
+            before, after = (_rows(x, rows) for x, rows in zip((there, leaf), arranged, strict=True))
+            if before.max() != after.max() or there.shape[before.ndim :] != leaf.shape[after.ndim :]:
+                expected, given = (f"{x.shape} of {r.max() + 1} layers" for x, r in ((leaf, after), (there, before)))
+                problems.append(f"{name}: shape expected {expected}, found {given}")
+            elif not np.array_equal(before, after):
+                load = jax.ShapeDtypeStruct(there.shape, leaf.dtype, sharding=_spread(leaf, there.shape, before, after))
+                found[name] = Change(load, functools.partial(_rearranged, before=before, after=after))
+        elif tuple(leaf.shape) != tuple(there.shape):
+            only_rows = len(leaf.shape) == len(there.shape) > 0 and leaf.shape[1:] == there.shape[1:]
+            real = rows(name, leaf.shape) if only_rows else None
+            if real is not None and real <= min(leaf.shape[0], there.shape[0]):
+                found[name] = _padded_anew(leaf, there.shape[0], real)
+            else:
+                of_which = "" if real is None else f" with {real} real rows"
+                problems.append(f"{name}: shape expected {leaf.shape}{of_which}, found {tuple(there.shape)}")
+        if jnp.dtype(leaf.dtype) != jnp.dtype(there.dtype):
+            problems.append(f"{name}: dtype expected {leaf.dtype}, found {there.dtype}")
+    return found, problems
+
+
+def _padded_anew(leaf: Any, stored_rows: int, real: int) -> Change:
+    # Orbax fills rows that are not stored with zeros, and drops surplus ones. A leaf that is to shrink is loaded with
+    # all stored rows, rounded up to what its sharding divides, because the digest is that of them all.
+    shards = leaf.shape[0] // leaf.sharding.shard_shape(leaf.shape)[0]
+    count = -(-max(leaf.shape[0], stored_rows) // shards) * shards
+    load = jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+
+    def make(x: jax.Array) -> jax.Array:
+        kept = lax.broadcasted_iota(jnp.int32, x.shape, 0) < real
+        return jnp.where(kept, x, jnp.zeros((), x.dtype))[: leaf.shape[0]]
+
+    return Change(load, make)
+
+
+def _is_arranged(name: str, stored: Any, wanted: Any, arranged: tuple[Any, Any]) -> bool:
+    """Whether it is stacked layers, of which at least one side stores them otherwise than in order."""
+    pairs = [(x, np.shape(rows)) for x, rows in zip((stored, wanted), arranged, strict=True) if rows is not None]
+    return LAYERS in name.split("/") and any(tuple(x.shape[: len(shape)]) == shape for x, shape in pairs)
+
+
+def _rows(array: Any, rows: Any) -> np.ndarray:
+    """Which layer each row is."""
+    return np.arange(array.shape[0]) if rows is None else np.array(rows)
+
+
+def _spread(leaf: Any, stored: Sequence[int], before: np.ndarray, after: np.ndarray) -> Any:
+    """A sharding of the stored shape that splits it over the devices as finely as the target's, where a dim divides."""
+    if not isinstance(leaf.sharding, NamedSharding):
+        return leaf.sharding
+    mesh = leaf.sharding.mesh
+    spec = [names if isinstance(names, tuple) else (names,) if names else () for names in leaf.sharding.spec]
+    spec += [()] * (len(leaf.shape) - len(spec))
+    moving = sum(spec[: after.ndim], ())  # what splits the layers
+    spec = [()] * before.ndim + spec[after.ndim :]
+    order = [before.ndim - 1, *range(before.ndim - 1), *range(before.ndim, len(spec))]
+    for dim in order if moving else ():
+        if stored[dim] % np.prod([mesh.shape[name] for name in spec[dim] + moving], dtype=int) == 0:
+            spec[dim] += moving
+            break
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _rearranged(x: jax.Array, before: np.ndarray, after: np.ndarray) -> jax.Array:
+    place = np.argsort(np.where(before.ravel() < 0, before.size, before.ravel()), kind="stable")  # of each layer
+    rows = after.ravel()
+    flat = x.reshape(-1, *x.shape[before.ndim :])[place[np.maximum(rows, 0)]]
+    real = (rows >= 0).reshape(-1, *(1,) * (flat.ndim - 1))
+    return jnp.where(real, flat, jnp.zeros((), x.dtype)).reshape(*after.shape, *flat.shape[1:])
