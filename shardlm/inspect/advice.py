@@ -26,8 +26,10 @@ def remat(program: Program, variant: Variant) -> dict[str, tuple[int, float]]:
     """For each policy the peak in bytes, and the FLOPs that it recomputes, on one device."""
     result = {}
     for policy in POLICIES:
-        same = policy == program.layout.remat
-        other = program if same else variant(dataclasses.replace(program.layout, remat=policy), program.config)
+        layout = _legal(program.layout, remat=policy)
+        if layout is None:
+            continue
+        other = program if layout == program.layout else variant(layout, program.config)
         peak = memory.of(other).peak
         assert peak is not None
         result[policy] = (peak, flops.of(other.jaxpr, other.num_devices).recomputed)
@@ -99,8 +101,18 @@ def _changes(program: Program) -> Iterator[tuple[str, Layout, Any]]:
         yield "zero=3", layout, config
     rows = program.batch_size // layout.batch_shards
     for policy in POLICIES[POLICIES.index(layout.remat) + 1 :]:
-        layout = dataclasses.replace(layout, remat=policy)
-        yield f"remat={policy}", layout, config
+        if changed := _legal(layout, remat=policy):
+            layout = changed
+            yield f"remat={policy}", layout, config
     for count in (n for n in range(layout.accumulate + 1, rows + 1) if rows % n == 0 and math.log2(n).is_integer()):
-        layout = dataclasses.replace(layout, accumulate=count)
-        yield f"accumulate={count}", layout, config
+        if changed := _legal(layout, accumulate=count):
+            layout = changed
+            yield f"accumulate={count}", layout, config
+
+
+def _legal(layout: Layout, **changes: Any) -> Layout | None:
+    """The layout with these changes; None where they contradict its pipeline."""
+    try:
+        return dataclasses.replace(layout, **changes)
+    except LayoutError:
+        return None

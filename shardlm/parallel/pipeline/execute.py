@@ -168,15 +168,21 @@ class _Tick:
         nothing = jnp.zeros_like(self.model.like)
         # One after another, so that all devices communicate in one order: where few threads play many devices, as on a
         # CPU, two collectives at once can wait for each other's threads for ever.
-        carry, back = self._if("has_backward", self._backward, (carry, nothing))
+        # A branch gives what it changes, and only that: what went through unchanged would be copied.
+        changed = carry.inner, carry.left, nothing
+        inner, left, back = self._if("has_backward", partial(self._backward, carry), changed)
+        carry = carry._replace(inner=inner, left=left)
         if isinstance(self.way, Split):
-            carry = self._if("has_weight", partial(self._weights, self.way), carry)
-            back = self._after(carry.inner, back)
-        carry, seen = self._if("embed_gradient_microbatch", partial(self._embed_backward, back), (carry, back))
-        embedded = self._if("embed_microbatch", self._embed, self._after((carry.outer, seen), nothing))
-        carry = carry._replace(activations=self._after(embedded, carry.activations))
-        carry, out = self._if("has_forward", partial(self._forward, embedded), (carry, nothing))
-        carry = self._if("head_microbatch", partial(self._head, out), carry)
+            inner = self._if("has_weight", partial(self._weights, self.way, carry), inner)
+            carry, back = carry._replace(inner=inner), self._after(inner, back)
+        outer, seen = self._if("embed_gradient_microbatch", partial(self._embed_backward, back), (carry.outer, back))
+        embedded = self._if("embed_microbatch", self._embed, self._after((outer, seen), nothing))
+        carry = carry._replace(outer=outer, activations=self._after(embedded, carry.activations))
+        changed = carry.stash, nothing
+        stash, out = self._if("has_forward", partial(self._forward, embedded, carry.activations), changed)
+        changed = carry.loss, carry.outer, carry.gradients
+        loss, outer, gradients = self._if("head_microbatch", partial(self._head, out), changed)
+        carry = carry._replace(stash=stash, loss=loss, outer=outer, gradients=gradients)
         out = self._after((carry.outer, carry.gradients), out)
         arrived = self._if("sends_activation", partial(self._send, out, 1), nothing)
         back = self._after(arrived, back)
@@ -210,52 +216,47 @@ class _Tick:
         stack = self.model.layers(self.model.like, jnp.maximum(number, 0), chunk)
         return number, chunk, stack, _part(self.model.inner, chunk)
 
-    def _backward(self, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
-        carry, _ = given
-        kept, gradient = (
-            _read(carry.stash, self.row["backward_stash"]),
-            _read(carry.gradients, self.row["backward_read"]),
-        )
+    def _backward(self, carry: _Carry, given: tuple[Tree, Tree, Array]) -> tuple[Tree, Tree, Array]:
+        sums, slots, _ = given
+        kept = _read(carry.stash, self.row["backward_stash"])
+        gradient = _read(carry.gradients, self.row["backward_read"])
         with jax.named_scope("backward"):
             number, chunk, stack, parameters = self._layers("backward")
             inner, back, left = self.way.backward(stack, parameters, kept, gradient)
-        inner = _add(_part(carry.inner, chunk), inner, number >= 0)
-        carry = carry._replace(
-            inner=_put(carry.inner, inner, chunk), left=_write(carry.left, self.row["backward_write"], left)
-        )
-        return carry, _mask(number >= 0, back)
+        slots = _write(slots, self.row["backward_write"], left)
+        return _add_part(sums, inner, chunk, number >= 0), slots, _mask(number >= 0, back)
 
-    def _weights(self, way: Split, carry: _Carry) -> _Carry:
+    def _weights(self, way: Split, carry: _Carry, sums: Tree) -> Tree:
         kept, left = _read(carry.stash, self.row["weight_stash"]), _read(carry.left, self.row["weight_read"])
         with jax.named_scope("backward"):
             number, chunk, stack, parameters = self._layers("weight")
             inner = way.weights(stack, parameters, kept, left)
-        inner = _add(_part(carry.inner, chunk), inner, number >= 0)
-        return carry._replace(inner=_put(carry.inner, inner, chunk))
+        return _add_part(sums, inner, chunk, number >= 0)
 
-    def _embed_backward(self, back: Array, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
-        carry, _ = given
+    def _embed_backward(self, back: Array, given: tuple[Tree, Array]) -> tuple[Tree, Array]:
+        sums, _ = given
         number = self.row["embed_gradient_microbatch"]
         gradient = self._of(0, back)
         embed = lambda outer: self.model.embed(outer, number)  # noqa: E731
         with jax.named_scope("backward"):
             _, transpose = jax.vjp(embed, self.model.outer)
             (outer,) = transpose(gradient)
-        return carry._replace(outer=_add(carry.outer, outer)), collectives.mark_varying(gradient, Axis.PIPE)
+        return _add(sums, outer), collectives.mark_varying(gradient, Axis.PIPE)
 
     def _embed(self, nothing: Array) -> Array:
         x = self.model.embed(self.model.outer, self.row["embed_microbatch"])
         return collectives.mark_varying(x, Axis.PIPE)
 
-    def _forward(self, embedded: Array, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
-        carry, _ = given
+    def _forward(self, embedded: Array, activations: Array, given: tuple[Tree, Array]) -> tuple[Tree, Array]:
+        slots, _ = given
         read = self.row["forward_read"]
-        x = jnp.where(read >= 0, _read(carry.activations, read), embedded)
+        x = jnp.where(read >= 0, _read(activations, read), embedded)
         _, _, stack, parameters = self._layers("forward")
         y, kept = self.way.forward(stack, parameters, x)
-        return carry._replace(stash=_write(carry.stash, self.row["forward_stash"], kept)), y
+        return _write(slots, self.row["forward_stash"], kept), y
 
-    def _head(self, out: Array, carry: _Carry) -> _Carry:
+    def _head(self, out: Array, given: tuple[Array, Tree, Array]) -> tuple[Array, Tree, Array]:
+        total, sums, slots = given
         number = self.row["head_microbatch"]
         last = self.stages - 1
         x = self._of(last, out)
@@ -268,11 +269,7 @@ class _Tick:
         outer, gradient = transpose(jnp.ones_like(loss))
         slot = jnp.where(collectives.index(Axis.PIPE) == last, self.row["head_write"], -1)
         gradient = collectives.mark_varying(gradient, Axis.PIPE)
-        return carry._replace(
-            loss=carry.loss + loss,
-            outer=_add(carry.outer, outer),
-            gradients=_write(carry.gradients, slot, gradient),
-        )
+        return total + loss, _add(sums, outer), _write(slots, slot, gradient)
 
     def _send(self, x: Array, step: int, nothing: Array) -> Array:
         return collectives.shift(x, Axis.PIPE, step)
@@ -303,10 +300,11 @@ def _part(chunks: Tree, chunk: Array) -> Tree:
     )
 
 
-def _put(chunks: Tree, part: Tree, chunk: Array) -> Tree:
-    """`chunks` with `part` in the place of one of them."""
+def _add_part(sums: Tree, more: Tree, chunk: Array, flag: Array) -> Tree:
+    """Sums over chunks, `more` added to those of one of them."""
+    part = _add(_part(sums, chunk), more, flag)
     return jax.tree.map(
-        lambda x, y: y[None] if x.shape[0] == 1 else lax.dynamic_update_index_in_dim(x, y, chunk, 0), chunks, part
+        lambda x, y: y[None] if x.shape[0] == 1 else lax.dynamic_update_index_in_dim(x, y, chunk, 0), sums, part
     )
 
 
