@@ -29,8 +29,10 @@ def remat(program: Program, variant: Variant) -> dict[str, tuple[int, float]]:
     """For each policy the peak in bytes, and the FLOPs that it recomputes, on one device."""
     result = {}
     for policy in POLICIES:
-        same = policy == program.layout.remat
-        other = program if same else variant(dataclasses.replace(program.layout, remat=policy), program.config)
+        layout = _legal(program.layout, remat=policy)
+        if layout is None:
+            continue
+        other = program if layout == program.layout else variant(layout, program.config)
         peak = memory.of(other).peak
         assert peak is not None
         result[policy] = (peak, _recomputed(other))
@@ -125,8 +127,9 @@ def _changes(program: Program) -> Iterator[tuple[str, Layout, Any]]:
         yield "zero=3", layout, config
     rows = program.batch_size // layout.batch_shards
     for policy in POLICIES[POLICIES.index(layout.remat) + 1 :]:
-        layout = dataclasses.replace(layout, remat=policy)
-        yield f"remat={policy}", layout, config
+        if changed := _legal(layout, remat=policy):
+            layout = changed
+            yield f"remat={policy}", layout, config
     for count in (n for n in range(layout.microbatches + 1, rows + 1) if rows % n == 0 and math.log2(n).is_integer()):
         if layout.pipeline is None:
             layout = dataclasses.replace(layout, accumulate=count)
@@ -148,3 +151,11 @@ def _with_microbatches(layout: Layout, count: int) -> Layout | None:
 
 def _recomputed(program: Program) -> float:
     return flops.of(program.jaxpr, program.num_devices, pipeline.used(program)).recomputed
+
+
+def _legal(layout: Layout, **changes: Any) -> Layout | None:
+    """The layout with these changes; None where they contradict its pipeline."""
+    try:
+        return dataclasses.replace(layout, **changes)
+    except LayoutError:
+        return None

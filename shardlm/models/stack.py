@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,24 @@ class Execution:
 PLAIN = Execution()
 
 
+class Stack(NamedTuple):
+    """Layers taken apart, for whoever runs them one at a time.
+
+    Attributes:
+        layer: (one layer's parameters, x, its slice of `inputs`) -> x of the same shape.
+        parameters: a nested dict of arrays with a leading layer dim.
+        inputs: a tree of arrays with a leading layer dim.
+    """
+
+    layer: Callable[[Any, Array, Any], Array]
+    parameters: dict[str, Any]
+    inputs: Any
+
+    def run(self, x: Array) -> Array:
+        """What the last layer returns."""
+        return jax.lax.scan(lambda x, one: (self.layer(one[0], x, one[1]), None), x, (self.parameters, self.inputs))[0]
+
+
 def scan_layers(
     layers: nnx.Module,
     x: Array,
@@ -41,21 +59,27 @@ def scan_layers(
     execution: Execution,
     runs: Array | None = None,
 ) -> Array:
-    """Run stacked layers one after another.
+    """Run stacked layers one after another: `stack` of the same arguments, on `x`, which the first layer receives."""
+    return stack(layers, apply, per_layer, execution, runs).run(x)
+
+
+def stack(
+    layers: nnx.Module,
+    apply: Callable[[Any, Array, Any], Array],
+    per_layer: Any,
+    execution: Execution,
+    runs: Array | None = None,
+) -> Stack:
+    """Stacked layers, ready to be run.
 
     Args:
         layers: a module whose parameters have a leading layer dim.
-        x: what the first layer receives.
         apply: (one layer as a module, x, its slice of `per_layer`) -> x of the same shape.
         per_layer: a tree of arrays with a leading layer dim, such as window sizes.
         execution: see there.
         runs: bool[layers], which layers to run; past the others x goes unchanged. None: all.
-
-    Returns:
-        What the last layer returned.
     """
     graph, state = nnx.split(layers)
-    parameters = nnx.to_pure_dict(state)
 
     def layer(x: Array, parameters: Any, beside: Any, inputs: Any) -> Array:
         if execution.prepare is not None:
@@ -66,9 +90,10 @@ def scan_layers(
     if execution.remat != "none" or execution.prepare is not None:
         layer = jax.checkpoint(layer, policy=remat.policy(execution.remat), prevent_cse=False)
 
-    def body(x: Array, given: tuple[Any, Array | None]) -> tuple[Array, None]:
-        inputs, run = given
+    def one(parameters: Any, x: Array, given: tuple[Any, Any, Array | None]) -> Array:
+        beside, inputs, run = given
+        y = layer(x, parameters, beside, inputs)
         # Every device computes every layer, as communication in a branch may hang; the result is dropped.
-        return (layer(x, *inputs) if run is None else jnp.where(run, layer(x, *inputs), x)), None
+        return y if run is None else jnp.where(run, y, x)
 
-    return jax.lax.scan(body, x, ((parameters, execution.beside, per_layer), runs))[0]
+    return Stack(one, nnx.to_pure_dict(state), (execution.beside, per_layer, runs))

@@ -16,7 +16,7 @@ from shardlm.models.dropout import Dropout
 from shardlm.models.mlp import FeedForward
 from shardlm.models.norm import Normalize
 from shardlm.models.rope import rotations
-from shardlm.models.stack import PLAIN, Execution, scan_layers
+from shardlm.models.stack import PLAIN, Execution, Stack, stack
 from shardlm.parallel import tensor
 
 
@@ -181,6 +181,26 @@ class Transformer(nnx.Module):
 
         Args:
             x: of `embed`, or of the layers before.
+            segments, positions, dropout, execution, layers, runs: as of `stack`.
+        """
+        given = {"segments": segments, "positions": positions, "dropout": dropout}
+        return self.stack(x, **given, execution=execution, layers=layers, runs=runs).run(x)
+
+    def stack(
+        self,
+        x: Array,
+        *,
+        segments: Array | None,
+        positions: Array | None,
+        dropout: Dropout | None,
+        execution: Execution = PLAIN,
+        layers: Array | None = None,
+        runs: Array | None = None,
+    ) -> Stack:
+        """The layers held here, taken apart.
+
+        Args:
+            x: like what they are to run on.
             segments, positions: as of a call.
             dropout: of `dropout_of`.
             execution: see there.
@@ -213,7 +233,7 @@ class Transformer(nnx.Module):
         }
         if layers is not None:
             per_layer = {name: table[layers] for name, table in per_layer.items()}
-        return scan_layers(self.layers, x, apply, per_layer, execution, runs)
+        return stack(self.layers, apply, per_layer, execution, runs)
 
     def logits(self, x: Array) -> Array:
         """`hidden`'s result to logits over the padded vocabulary, or over the part of it that this device holds."""

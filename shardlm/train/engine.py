@@ -8,7 +8,7 @@ makes it an
   independent check.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from shardlm.parallel import zero
 from shardlm.parallel.pipeline.stages import Stages
 from shardlm.train import arrange, pipelined
 from shardlm.train.loss import loss_sum, nll_sum
+from shardlm.train.paths import flatten, unflatten
 
 Parameters = dict[str, Any]
 """A nested dict of arrays: the model's parameters, or their gradients."""
@@ -85,27 +86,6 @@ class Plan:
     def batch_spec(self) -> PartitionSpec:
         """The spec of a batch array [batch, sequence]."""
         return self.table.activation("batch", "sequence")
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict as one dict by path, "layers/mlp/up/kernel"."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat.update(flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value})
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
 
 
 def merge(graph: Any, parameters: Parameters) -> Transformer:
