@@ -80,7 +80,7 @@ def expected(
     if layout.tensor > 1 or layout.pipe > 1:
         _vocabulary(lines, config, layout, tokens)
     if table is not None:
-        _stages(lines, config, layout, tokens, table)
+        _stages(lines, config, layout, splits, tokens, table)
     wide = str(jnp.promote_types(config.dtype, jnp.float32))
     batch = tuple(str(axis) for axis in (Axis.DATA, Axis.FSDP, Axis.EXPERT, Axis.CONTEXT) if layout.sizes[axis] > 1)
     lines.add("sums of losses and weights", "all-reduce", batch, 2, wide)
@@ -142,7 +142,7 @@ def _passes(layers: int, layout: Layout, table: Table | None) -> tuple[int, int,
         return layers * layout.accumulate, 0, layers * layout.accumulate
     depth = Stages.of(layout, layers).depth
     forwards, backwards = depth * int(table.has_forward.sum()), depth * int(table.has_backward.sum())
-    return forwards, backwards, backwards
+    return forwards, backwards if layout.pipeline and layout.pipeline.recompute else 0, backwards
 
 
 def _layers(lines: _Lines, config: Any, layout: Layout, tokens: int, forward: int, again: int, backward: int) -> None:
@@ -160,8 +160,9 @@ def _layers(lines: _Lines, config: Any, layout: Layout, tokens: int, forward: in
 
 
 def _vocabulary(lines: _Lines, config: Any, layout: Layout, tokens: int) -> None:
-    """Embedding, head and cross-entropy, which are split over tensor and over the stages."""
-    pipe, tensor = str(Axis.PIPE), str(Axis.TENSOR)
+    """Embedding, head and cross-entropy, which are split over tensor and, but for "ends", over the stages."""
+    tensor = str(Axis.TENSOR)
+    pipe = str(Axis.PIPE) if Axis.PIPE in layout.vocabulary_axes else tensor
     own, wide = config.dtype, str(jnp.promote_types(config.dtype, jnp.float32))
     stream = tokens * config.d_model * layout.microbatches
     if layout.sequence_parallel:
@@ -169,20 +170,30 @@ def _vocabulary(lines: _Lines, config: Any, layout: Layout, tokens: int) -> None
         lines.add("embedding", "all-gather", (tensor,), stream, own)
         lines.add("head", "all-gather", (tensor,), stream, own)
         lines.add("head", "reduce-scatter", (tensor,), stream, wide)
-        lines.add("embedding", "all-reduce", (pipe,), stream // layout.tensor, wide)
+        if pipe != tensor:
+            lines.add("embedding", "all-reduce", (pipe,), stream // layout.tensor, wide)
     else:
         lines.add("embedding", "all-reduce", (pipe, tensor), stream, wide)
         lines.add("head", "all-reduce", (tensor,), stream, wide)
-    lines.add("gradient of the head's input", "all-reduce", (pipe,), stream, wide)
+    if pipe != tensor:
+        lines.add("gradient of the head's input", "all-reduce", (pipe,), stream, wide)
     lines.add("cross-entropy", "all-reduce", (pipe, tensor), 3 * tokens * layout.microbatches, wide)
 
 
-def _stages(lines: _Lines, config: Any, layout: Layout, tokens: int, table: Table) -> None:
+def _stages(
+    lines: _Lines, config: Any, layout: Layout, splits: Mapping[str, Split], tokens: int, table: Table
+) -> None:
     axes, own, wide = (str(Axis.PIPE),), config.dtype, str(jnp.promote_types(config.dtype, jnp.float32))
     held = tokens * config.d_model // (layout.tensor if layout.sequence_parallel else 1)
     lines.add(
         "activations to the next stage", "collective-permute", axes, int(table.sends_activation.sum()) * held, own
     )
     lines.add("gradients to the one before", "collective-permute", axes, int(table.sends_gradient.sum()) * held, own)
+    if Axis.PIPE not in layout.vocabulary_axes:  # the ends are by themselves, and their gradients summed once
+        outer = [split for split in splits.values() if not split.stacked]
+        count = sum(math.prod(s.shape) // math.prod(lines.sizes[a] for axes in s.model for a in axes) for s in outer)
+        lines.add("gradients of embedding and head", "all-reduce", axes, count, wide)
+        lines.add("sums of losses and weights", "all-reduce", axes, 1, wide)
+        return
     lines.add("last stage's output, to all", "all-reduce", axes, table.microbatches * held, wide)
     lines.add("gradient of the embedding, to all", "all-reduce", axes, table.microbatches * held, wide)

@@ -24,6 +24,10 @@ MORE = [
 
 PIPED = [
     ("llama4", "pipe=4,pipeline=gpipe:6"),
+    ("llama4", "pipe=2,fsdp=2,tensor=2,zero=2,pipeline=interleaved:4:2:stored"),
+    ("llama4", "pipe=4,data=2,tensor=2,pipeline=zb-h1:6:stored"),
+    ("gpt4", "pipe=2,data=2,tensor=2,sequence_parallel,pipeline=1f1b:3:1:1+3:ends:stored,remat=full"),
+    ("llama4", "pipe=2,fsdp=2,zero=1,pipeline=1f1b:3:ends"),
     ("llama4", "pipe=2,data=2,fsdp=2,zero=2,tensor=2,pipeline=1f1b:3,remat=dots"),
     ("gpt4", "pipe=4,data=8,fsdp=8,tensor=6,sequence_parallel,pipeline=gpipe:3,remat=full"),
     *PIPELINES,
