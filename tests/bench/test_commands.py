@@ -83,11 +83,12 @@ def test_cold_starts_a_process_and_times_it(capfd, monkeypatch):
 
 def test_pipeline(capsys):
     sizes = f"{TINY} --layers 2 --layout pipe=2 --microbatches 2 --sequence 8"
-    assert run(f"pipeline {sizes} --repeats 2") == 0
+    assert run(f"pipeline {sizes} --repeats 2 --schedules 1f1b zb-h1") == 0
     where, what, plain, *rest, note = capsys.readouterr().out.splitlines()
     assert where.endswith("2 fake devices") and what.endswith("batch 2 x 8")
     assert plain.startswith("no pipeline ") and plain.endswith(", data=2,remat=full")
-    assert [line.split()[0] for line in rest] == ["1f1b", "ratio", "bubble", "gpipe", "ratio", "bubble"]
+    assert [line.split()[0] for line in rest] == ["1f1b", "ratio", "bubble", "zb-h1", "ratio", "bubble"]
+    assert "pipeline=1f1b:2, stash" in rest[0] and "pipeline=zb-h1:2:stored, stash" in rest[3]
     assert all(line.endswith(" simulated") for line in rest[2::3])
     assert note.startswith("fake devices share the cores")
 
@@ -97,7 +98,8 @@ def test_pipeline(capsys):
     [
         ("--layout data=8", "the layout data=8 has no pipeline: set pipe to 2 or more"),
         ("--microbatches 6", "microbatches=6 is not a positive multiple of pipe=4"),
-        ("--schedules 1f1b zb-h1", "schedule='zb-h1' is not run yet"),
+        ("--schedules 1f1b zb-h2", "schedule='zb-h2' is not one of '1f1b', 'gpipe', 'interleaved', 'zb-h1'"),
+        ("--chunks 3", "--chunks 3 is of the schedule interleaved, which --schedules does not name"),
         ("--layout pipe=4,data=3", "pipe=4 x data=3 = 12 devices, but there are 8"),
         ("--layout pipe=8,pipeline=1f1b:16", "leave pipeline out; --schedules and --microbatches say it here"),
     ],
@@ -125,6 +127,24 @@ def test_the_bubble_measured_is_the_bubble_simulated_where_times_are_those_of_th
     measured = pipeline.bubble(Sample((once.makespan,)), Sample((longer.makespan,)))
     assert measured.median == pytest.approx(once.bubble_fraction)
     assert 0 < once.bubble_fraction < 3 / 8  # the head is never idle
+
+
+def test_a_schedule_is_named_with_what_stages_keep():
+    def named(name, chunks=2):
+        return str(pipeline.scheduled(sl.Layout(pipe=4), name, 8, chunks).pipeline)
+
+    assert [named(name) for name in ("1f1b", "1f1b-stored", "zb-h1")] == ["1f1b:8", "1f1b:8:stored", "zb-h1:8:stored"]
+    assert [named("interleaved"), named("interleaved-stored", 3)] == ["interleaved:8:2", "interleaved:8:3:stored"]
+
+
+def test_split_backwards_take_together_what_a_whole_one_does():
+    config = sl.TransformerConfig(**step._TINY | {"num_layers": 4})
+    again, whole, split = (
+        pipeline.times(config, sl.Layout.parse(f"pipe=4,pipeline={text}"), sequence=8)
+        for text in ("1f1b:8", "1f1b:8:stored", "zb-h1:8:stored")
+    )
+    assert split.input_gradient + split.weight_gradient == whole.backward == 2 * whole.forward
+    assert again.backward == 3 * again.forward and split.weight_gradient < split.input_gradient
 
 
 def test_a_ratio_is_taken_round_by_round():
