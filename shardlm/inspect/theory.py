@@ -151,12 +151,18 @@ def _layers(lines: _Lines, config: Any, layout: Layout, tokens: int, forward: in
     # Recomputed: what attention enters with and leaves with, and what the MLP enters with; its own result is needed
     # only by a norm after it.
     enters, leaves = (2, 1 + config.norm.after) if layout.remat == "full" else (0, 0)
-    sums = 2 * (forward + again + backward)
+    # Of a stage that is run again, all, as each layer needs the one before; of a stage's only layer, what its backward
+    # needs, which under full recomputation is its input alone.
+    again_enters, again_leaves = 2, 2
+    if layout.pipe > 1 and Stages.of(layout, config.num_layers).depth == 1:
+        again_enters, again_leaves = (0, 0) if layout.remat == "full" else (2, 1 + config.norm.after)
+    entered = 2 * (forward + backward) + again_enters * again + enters * backward
+    left = 2 * (forward + backward) + again_leaves * again + leaves * backward
     if layout.sequence_parallel:
-        lines.add("layers", "all-gather", axes, (sums + enters * backward) * stream, own)
-        lines.add("layers", "reduce-scatter", axes, (sums + leaves * backward) * stream, wide)
+        lines.add("layers", "all-gather", axes, entered * stream, own)
+        lines.add("layers", "reduce-scatter", axes, left * stream, wide)
     else:
-        lines.add("layers", "all-reduce", axes, (sums + leaves * backward) * stream, wide)
+        lines.add("layers", "all-reduce", axes, left * stream, wide)
 
 
 def _vocabulary(lines: _Lines, config: Any, layout: Layout, tokens: int) -> None:
@@ -180,9 +186,7 @@ def _vocabulary(lines: _Lines, config: Any, layout: Layout, tokens: int) -> None
     lines.add("cross-entropy", "all-reduce", (pipe, tensor), 3 * tokens * layout.microbatches, wide)
 
 
-def _stages(
-    lines: _Lines, config: Any, layout: Layout, splits: Mapping[str, Split], tokens: int, table: Table
-) -> None:
+def _stages(lines: _Lines, config: Any, layout: Layout, splits: Mapping[str, Split], tokens: int, table: Table) -> None:
     axes, own, wide = (str(Axis.PIPE),), config.dtype, str(jnp.promote_types(config.dtype, jnp.float32))
     held = tokens * config.d_model // (layout.tensor if layout.sequence_parallel else 1)
     lines.add(

@@ -87,7 +87,8 @@ def _needed(jaxpr: Any, results: Sequence[bool]) -> tuple[list[tuple[Any, list[b
 
 def _passes_on(equation: Any) -> bool:
     """Whether its operands and results are, one by one, those of the programs that it runs."""
-    return equation.primitive.name in _CALLS | {"cond", "shard_map"}
+    once = equation.primitive.name == "scan" and equation.params["length"] == 1  # which compilers inline
+    return once or equation.primitive.name in _CALLS | {"cond", "shard_map"}
 
 
 def _reads(equation: Any, used: list[bool]) -> list[Any]:
