@@ -182,7 +182,8 @@ def _vocabulary(lines: _Lines, config: Any, layout: Layout, tokens: int) -> None
         lines.add("embedding", "all-reduce", (pipe, tensor), stream, wide)
         lines.add("head", "all-reduce", (tensor,), stream, wide)
     if pipe != tensor:
-        lines.add("gradient of the head's input", "all-reduce", (pipe,), stream, wide)
+        held = stream // (layout.tensor if layout.sequence_parallel else 1)
+        lines.add("gradient of the head's input", "all-reduce", (pipe,), held, wide)
     lines.add("cross-entropy", "all-reduce", (pipe, tensor), 3 * tokens * layout.microbatches, wide)
 
 
