@@ -122,10 +122,10 @@ class Field:
         return (self.ours,) if isinstance(self.ours, str) else self.ours
 
 
-def activation(name: str, ours: str = "mlp.activation", default: Any = REQUIRED) -> Field:
-    """A field that names the activation of the feed-forward branch."""
-    back = {theirs: ours for ours, theirs in ACTIVATIONS.items() if ours not in ("swish", "gelu_new")}
-    return Field(name, ours, default, ACTIVATIONS.__getitem__, back.__getitem__)
+def activation(name: str, default: str, tanh: str = "gelu_pytorch_tanh") -> Field:
+    """A field that names the activation of the feed-forward branch; `tanh` is what GELU's approximation is written."""
+    back = {"silu": "silu", "gelu": "gelu", "relu": "relu", "gelu_tanh": tanh}
+    return Field(name, "mlp.activation", default, ACTIVATIONS.__getitem__, back.__getitem__)
 
 
 def read_fields(table: tuple[Field, ...], fields: Fields) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -16,6 +15,7 @@ from shardlm.hub.match import Names, match, one_dtype
 from shardlm.hub.progress import Progress
 from shardlm.hub.registry import family_of_file
 from shardlm.hub.stages import require_order
+from shardlm.hub.table import Placed
 from shardlm.hub.tokenizer import HubTokenizer, read_tokenizer
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
@@ -118,9 +118,9 @@ def _part(files: Tensors, names: Names, name: str, leaf: jax.ShapeDtypeStruct, i
     """Part of a parameter, from the tensors of its layers."""
     where = names.placed[name]
     if not where.row.stacked:
-        return _cast(files, names.found[where.row.name], where, index, leaf.dtype)
+        return _layer(files, names.found[where.row.name], where, index, leaf.dtype)
     layers = range(*index[0].indices(leaf.shape[0]))
-    parts = (_cast(files, names.found[where.row.name.format(layer=n)], where, index[1:], leaf.dtype) for n in layers)
+    parts = (_layer(files, names.found[where.row.name.format(layer=n)], where, index[1:], leaf.dtype) for n in layers)
     first = next(parts)
     result = np.empty((len(layers), *first.shape), leaf.dtype)
     result[0] = first
@@ -129,9 +129,9 @@ def _part(files: Tensors, names: Names, name: str, leaf: jax.ShapeDtypeStruct, i
     return result
 
 
-def _cast(files: Tensors, tensor: str, where: Any, index: Index, dtype: Any) -> np.ndarray:
+def _layer(files: Tensors, tensor: str, where: Placed, index: Index, dtype: Any) -> np.ndarray:
     part = where.read(files.reader(tensor), index, dtype)
+    narrower = np.dtype(dtype) == np.float16 and files.dtypes[tensor] != np.float16
+    if narrower and not np.isfinite(part).all():
+        raise ValueError(f"{tensor} has values beyond the 65504 of float16, or is not finite: use dtype='bfloat16'")
     return part
-
-
-__all__ = ["load_hf", "jnp"]

@@ -92,6 +92,9 @@ class Placed:
         }
         real = dict(zip(self.dims, self.real, strict=True))
         bounds = {dim: (min(a, real[dim]), min(b, real[dim])) for dim, (a, b) in bounds.items()}
+        wanted = tuple(len(range(*part.indices(n))) for part, n in zip(index, self.sizes, strict=True))
+        if any(a == b for a, b in bounds.values()):  # padding alone
+            return np.zeros(wanted, dtype)
         slices, inner, shape = [], [], []
         for place, group in enumerate(self.row.groups):
             # Of merged dims the first is cut in the file, the others are read whole and cut afterwards.
@@ -104,7 +107,6 @@ class Placed:
         flat = [dim for group in self.row.groups for dim in group]
         order = [flat.index(dim) for dim in self.dims]
         found = read(tuple(slices)).reshape(shape)[tuple(inner)].transpose(order)
-        wanted = tuple(len(range(*part.indices(n))) for part, n in zip(index, self.sizes, strict=True))
         result = np.empty(wanted, dtype) if found.shape == wanted else np.zeros(wanted, dtype)
         result[tuple(slice(n) for n in found.shape)] = found
         return result

@@ -136,12 +136,13 @@ def tokenizer_files(tokenizer: Any) -> dict[str, str]:
 
 def token_ids(tokenizer: Any) -> dict[str, Any]:
     """The fields of config.json that say which ids begin and end a text."""
-    begin = getattr(tokenizer, "begin", None)
     ends = list(getattr(tokenizer, "ends", ())) or [getattr(tokenizer, "end", None)]
-    ends = [end for end in ends if end is not None]
-    return ({} if begin is None else {"bos_token_id": begin}) | (
-        {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
-    )
+    # Also where there are none: transformers would take a family's own, which mean something else in another vocabulary.
+    return {
+        "bos_token_id": getattr(tokenizer, "begin", None),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "pad_token_id": None,
+    }
 
 
 def _settings(values: Mapping[str, Any]) -> str:

@@ -62,7 +62,7 @@ FAMILY = Family(
         Field("initializer_range", "init_std", 0.02),
         Field("layer_norm_epsilon", "norm.epsilon", 1e-5),
         Field("tie_word_embeddings", "tied", True),
-        activation("activation_function", default="gelu_new"),
+        activation("activation_function", default="gelu_new", tanh="gelu_new"),
     ),
     fixed={
         "attention.bias": True,
