@@ -70,7 +70,7 @@ def save(path: str | os.PathLike, state: Any, metadata: dict | None = None, *, o
         ocp.multihost.sync_global_processes("shardlm:checkpoint:overwrite")
 
 
-def restore(path: str | os.PathLike, target: Any, *, rows: Rows | None = None) -> Any:
+def restore(path: str | os.PathLike, target: Any, *, rows: Rows | None = None, partial: bool = False) -> Any:
     """Loads a checkpoint onto the devices and layout of `target`; each device reads the slices it is to hold.
 
     Before any array is loaded, all paths, shapes and dtypes are compared with the target. After it, the arrays' digests
@@ -83,6 +83,7 @@ def restore(path: str | os.PathLike, target: Any, *, rows: Rows | None = None) -
         rows: says which leaves hold padding after their real rows (the vocabulary's, and the optimizer's moments of it,
             whose paths end alike). Such a leaf may be stored with another number of rows: the real ones are kept, the
             others are zero. Default: the target's method `padded_rows`, where it has one.
+        partial: leave out what is stored and not in the target, such as the optimizer's state.
 
     Returns:
         A pytree like the target, of arrays with its shardings.
@@ -97,7 +98,7 @@ def restore(path: str | os.PathLike, target: Any, *, rows: Rows | None = None) -
     if unplaced := [name for name, leaf in abstract.items() if getattr(leaf, "sharding", None) is None]:
         raise ValueError(f"the target must say where arrays go: no sharding is given for {', '.join(unplaced)}")
     record = _read_record(path)
-    stored = _read_tree(path, record["files"])
+    stored = {n: x for n, x in _read_tree(path, record["files"]).items() if n in abstract or not partial}
     real = _compare(path, stored, abstract, padded_rows)
 
     # Orbax fills rows that are not stored with zeros, and drops surplus ones. A leaf that is to shrink is loaded with
@@ -108,15 +109,16 @@ def restore(path: str | os.PathLike, target: Any, *, rows: Rows | None = None) -
         num_shards = leaf.shape[0] // leaf.sharding.shard_shape(leaf.shape)[0]
         num_rows = -(-max(leaf.shape[0], stored[name].shape[0]) // num_shards) * num_shards
         load[name] = jax.ShapeDtypeStruct((num_rows, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+    how = {n: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, strict=False) for n, x in load.items()}
+    args = ocp.args.PyTreeRestore(load, restore_args=how, partial_restore=partial)
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            arrays = checkpointer.restore(path / "state", args=ocp.args.StandardRestore(load, strict=False))
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            arrays = checkpointer.restore(path / "state", args=args)
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise  # the device's trouble, not the checkpoint's
     except Exception as error:
         raise _damaged(path, f"its arrays cannot be read ({_reason(error)})") from error
-    found = _digests(arrays)
-    if wrong := [name for name in arrays if found[name] != record["digests"].get(name)]:
+    if wrong := [name for name, found in _digests(arrays).items() if found != record["digests"].get(name)]:
         raise _damaged(path, f"what was read is not what was saved: {', '.join(wrong)}")
     for name, num_rows in real.items():
         keep = jax.jit(_keep_rows, static_argnums=(1, 2), out_shardings=abstract[name].sharding)

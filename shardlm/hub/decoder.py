@@ -68,5 +68,3 @@ def fields(
         Field("tie_word_embeddings", "tied", tied),
         *more,
     )
-
-

@@ -70,9 +70,7 @@ class Family:
         """The config.json of a configuration, which is right where `config(values)` gives that back."""
         values = {f.name: f.write(_get(config, f.all_ours[0])) for f in self.fields}
         values |= {name: legal[0] for name, legal in self.must.items()}
-        return (
-            {"architectures": [self.architectures[0]], "model_type": self.model_type} | values | self.write(config)
-        )
+        return {"architectures": [self.architectures[0]], "model_type": self.model_type} | values | self.write(config)
 
     def differences(self, config: TransformerConfig) -> list[str]:
         """What this family cannot say of a configuration; empty where it says all."""
@@ -94,7 +92,7 @@ class Family:
 
 
 def canonical(config: TransformerConfig) -> TransformerConfig:
-    """The configuration with all that does not change the parameters' meaning at one value, and defaults written out."""
+    """The configuration with what changes no parameter's meaning at one value, and defaults written out."""
     attention = dataclasses.replace(
         config.attention,
         scale=config.head_dim**-0.5 if config.attention.scale is None else config.attention.scale,

@@ -149,7 +149,9 @@ def _file_names(folder: Path) -> dict[str, set[str] | None]:
         return {SINGLE: None}
     index = folder / INDEX
     if not index.is_file():
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors", ".gguf"))
+        others = sorted(
+            p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors", ".gguf")
+        )
         advice = (
             "; load them with transformers once, and save_pretrained(..., safe_serialization=True)"
             if any(name.endswith(".bin") for name in others)

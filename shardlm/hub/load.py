@@ -1,4 +1,4 @@
-"""Parameters from a Hugging Face folder onto any layout: each device's part is read from the files, and nothing else."""
+"""Parameters from a Hugging Face folder onto any layout: a device gets its part from the files, and no more is read."""
 
 import dataclasses
 import os

@@ -46,7 +46,9 @@ def family_of_file(values: Mapping[str, Any], where: str) -> Family:
     legal = f"shardlm reads {', '.join(NAMES)}"
     if name in NOT_YET:
         raise ValueError(f"{where}: model_type={name!r} is known and not supported: {NOT_YET[name]}. {legal}")
-    raise ValueError(f"{where}: model_type={name!r} (architectures={values.get('architectures')!r}) is unknown; {legal}")
+    raise ValueError(
+        f"{where}: model_type={name!r} (architectures={values.get('architectures')!r}) is unknown; {legal}"
+    )
 
 
 def family_of_config(config: TransformerConfig, name: str | None = None) -> Family:

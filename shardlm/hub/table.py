@@ -88,7 +88,8 @@ class Placed:
             dtype: of the result.
         """
         bounds = {
-            dim: (part.indices(n)[0], part.indices(n)[1]) for dim, part, n in zip(self.dims, index, self.sizes, strict=True)
+            dim: (part.indices(n)[0], part.indices(n)[1])
+            for dim, part, n in zip(self.dims, index, self.sizes, strict=True)
         }
         real = dict(zip(self.dims, self.real, strict=True))
         bounds = {dim: (min(a, real[dim]), min(b, real[dim])) for dim, (a, b) in bounds.items()}

@@ -65,7 +65,7 @@ class HubTokenizer:
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
-        """The ids of a text, int32[tokens]; `special` adds those that tokenizer.json puts around a text, such as bos."""
+        """The ids of a text, int32[tokens]; `special` adds those that tokenizer.json puts around it, such as bos."""
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=special).ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, special: bool = False) -> str:
@@ -137,7 +137,7 @@ def tokenizer_files(tokenizer: Any) -> dict[str, str]:
 def token_ids(tokenizer: Any) -> dict[str, Any]:
     """The fields of config.json that say which ids begin and end a text."""
     ends = list(getattr(tokenizer, "ends", ())) or [getattr(tokenizer, "end", None)]
-    # Also where there are none: transformers would take a family's own, which mean something else in another vocabulary.
+    # Also where there are none: transformers would take the family's own, of another vocabulary.
     return {
         "bos_token_id": getattr(tokenizer, "begin", None),
         "eos_token_id": ends[0] if len(ends) == 1 else ends,

@@ -8,7 +8,16 @@ from shardlm.hub.families.gemma import GEMMA, embedding_scale
 from shardlm.hub.families.gemma2 import LOGIT_CAP, QUERY_SCALE
 from shardlm.hub.family import Family
 from shardlm.hub.fields import Field, Fields
-from shardlm.hub.rope import FULL, SLIDING, layer_types, one_window, read_layer_types, read_two_ropes, rope_of, write_two_ropes
+from shardlm.hub.rope import (
+    FULL,
+    SLIDING,
+    layer_types,
+    one_window,
+    read_layer_types,
+    read_two_ropes,
+    rope_of,
+    write_two_ropes,
+)
 from shardlm.models.config import TransformerConfig
 
 
@@ -33,7 +42,9 @@ def write(config: TransformerConfig) -> dict[str, Any]:
 FAMILY = Family(
     model_type="gemma3_text",
     architectures=("Gemma3ForCausalLM", "Gemma3TextModel"),
-    fields=fields(ATTENTION_BIAS, QUERY_SCALE, Field(LOGIT_CAP, "logit_soft_cap", None), tied=True, head_dim=256, kv_heads=4),
+    fields=fields(
+        ATTENTION_BIAS, QUERY_SCALE, Field(LOGIT_CAP, "logit_soft_cap", None), tied=True, head_dim=256, kv_heads=4
+    ),
     fixed=GEMMA | {"norm.after": True, "attention.qk_norm": True},
     must={
         "hidden_activation": ("gelu_pytorch_tanh", None),
