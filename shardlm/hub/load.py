@@ -15,7 +15,7 @@ from shardlm.hub.match import Names, match, one_dtype
 from shardlm.hub.progress import Progress
 from shardlm.hub.registry import family_of_file
 from shardlm.hub.stages import require_order
-from shardlm.hub.table import Placed
+from shardlm.hub.table import Placed, place
 from shardlm.hub.tokenizer import HubTokenizer, read_tokenizer
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
@@ -77,9 +77,11 @@ def load_hf(
         config = dataclasses.replace(config, dtype=stored, param_dtype=stored)
         plan = TransformerProgram.of(config, layout, devices, "manual").plan
         require_devices(plan.mesh)
-        # Places in the files once more, for the padding of the vocabulary that this layout needs.
-        names = match(plan.config, family, files, str(path))
-        params = _read(path, files, names, flatten(plan.shapes), flatten(plan.shardings("stored")), verbose)
+        shapes = flatten(plan.shapes)
+        # Once more, with the padding of the vocabulary that this layout needs.
+        parameters = {name: (leaf.shape, plan.splits[name].dims) for name, leaf in shapes.items()}
+        names = dataclasses.replace(names, placed=place(family.rows, parameters, config.vocab_size))
+        params = _read(path, files, names, shapes, flatten(plan.shardings("stored")), verbose)
     return plan.config, params, read_tokenizer(path, values)
 
 
@@ -124,8 +126,8 @@ def _part(files: Tensors, names: Names, name: str, leaf: jax.ShapeDtypeStruct, i
     first = next(parts)
     result = np.empty((len(layers), *first.shape), leaf.dtype)
     result[0] = first
-    for place, part in enumerate(parts, 1):
-        result[place] = part
+    for number, part in enumerate(parts, 1):
+        result[number] = part
     return result
 
 
