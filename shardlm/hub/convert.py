@@ -84,7 +84,8 @@ def _folder(source: Path, options: argparse.Namespace, dtype: np.dtype | None) -
 def _cast(files: Tensors, name: str, dtype: np.dtype) -> Callable[[], np.ndarray]:
     def make() -> np.ndarray:
         value = files.read(name)
-        cast = value.astype(dtype)
+        with np.errstate(over="ignore"):  # it is looked for
+            cast = value.astype(dtype)
         if dtype == np.float16 and not np.isfinite(cast).all():
             raise ValueError(f"{name} has values beyond the 65504 of float16, or is not finite: use --dtype bf16")
         return cast

@@ -95,5 +95,5 @@ def _equal(files: Tensors, a: str, b: str) -> bool:
         return False
     rows, width = files.shapes[a]
     step = max(1, _PIECE // width)
-    pieces = [(slice(start, start + step), slice(None)) for start in range(0, rows, step)]
+    pieces = [(slice(start, min(start + step, rows)), slice(0, width)) for start in range(0, rows, step)]
     return all(np.array_equal(files.reader(a)(piece), files.reader(b)(piece)) for piece in pieces)

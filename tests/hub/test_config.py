@@ -168,7 +168,7 @@ def test_both_spellings_may_be_there_and_must_agree():
         ("gemma", {"hidden_activation": "relu"}, r"hidden_activation='relu': a gemma here has 'gelu_pytorch_tanh'"),
         ("gemma2", {"use_bidirectional_attention": True}, r"True: attention to tokens that come later, which shar"),
         ("gemma2", {"layer_types": ["full_attention"]}, r"layer_types=.*1 types of 3 layers"),
-        ("gemma2", {"layer_types": ["chunked"] * 3}, r"shardlm knows full_attention and sliding_attention, not chunked"),
+        ("gemma2", {"layer_types": ["chunked"] * 3}, r"knows full_attention and sliding_attention, not chunked"),
         ("gemma2", {"sliding_window": None}, r"sliding_window=None: the layers of type sliding_attention need it"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping=50.0: a gemma3_text here has None"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, r"attention scores divided by the number of the layer"),
@@ -195,7 +195,7 @@ def test_every_problem_is_listed_at_once():
         ("mixtral", r"'mixtral' is known and not supported: a mixture of experts, which shardlm does not have yet"),
         ("qwen3_moe", r"'qwen3_moe' is known and not supported: a mixture of experts"),
         ("gemma3", r"'gemma3' is known and not supported: a model of images and text"),
-        ("mamba", r"model_type='mamba' \(architectures=\['MambaForCausalLM'\]\) is unknown; shardlm reads llama, mistra"),
+        ("mamba", r"model_type='mamba' \(architectures=\['MambaForCausalLM'\]\) is unknown; shardlm reads llama, m"),
         (None, r"model_type=None .* is unknown"),
     ],
 )

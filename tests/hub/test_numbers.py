@@ -1,6 +1,6 @@
 """Every family's logits are those of transformers: plain and on layouts, of whole rows and of packed ones.
 
-What transformers computes is recorded, as record.py describes; where it is installed, test_transformers.py asks it anew.
+What transformers computes is recorded, as record.py describes; where it is installed, test_transformers.py asks again.
 """
 
 import dataclasses
