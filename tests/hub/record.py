@@ -205,14 +205,14 @@ def config_of(name: str) -> Any:
     return getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")(**settings)
 
 
-def make(name: str, folder: Path) -> None:
+def make(name: str, folder: Path, seed: int | None = None) -> None:
     """Write the case's folder: a model of transformers, every parameter moved, rounded to the dtype of its file."""
     import torch
     import transformers
 
     kind, dtype, _ = CASES[name]
     torch.manual_seed(0)
-    rng = np.random.default_rng([SEEDS.get(name, 0), *name.encode()])
+    rng = np.random.default_rng([SEEDS.get(name, 0) if seed is None else seed, *name.encode()])
     config = config_of(name)
     model = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config)
     with torch.no_grad():
