@@ -5,6 +5,7 @@ major. So "(head head_dim) embed" is a matrix of the file whose transpose, its c
 [embed, head, head_dim].
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+
+_BLOCK = 128  # elements along each dim
 
 Read = Callable[[tuple[slice, ...]], np.ndarray]
 """Part of a tensor in a file."""
@@ -109,15 +112,17 @@ class Placed:
         order = [flat.index(dim) for dim in self.dims]
         found = read(tuple(slices)).reshape(shape)[tuple(inner)].transpose(order)
         result = np.empty(wanted, dtype) if found.shape == wanted else np.zeros(wanted, dtype)
-        with np.errstate(over="ignore"):  # whoever narrows looks for infinities
-            result[tuple(slice(n) for n in found.shape)] = found
+        _copy(result[tuple(slice(n) for n in found.shape)], found)
         return result
 
     def write(self, value: np.ndarray) -> np.ndarray:
         """The tensor of the files, or this parameter's part of it, from the parameter of one layer."""
         real = value[tuple(slice(n) for n in self.real)]
         order = [self.dims.index(dim) for group in self.row.groups for dim in group]
-        return real.transpose(order).reshape([math.prod(self._real(group)) for group in self.row.groups])
+        turned = real.transpose(order)
+        result = np.empty(turned.shape, turned.dtype)
+        _copy(result, turned)
+        return result.reshape([math.prod(self._real(group)) for group in self.row.groups])
 
     def _real(self, group: Sequence[str]) -> list[int]:
         return [self.real[self.dims.index(dim)] for dim in group]
@@ -138,6 +143,20 @@ class Tensor:
     shape: tuple[int, ...]
     parts: tuple[tuple[str, Placed], ...]
     layer: int | None
+
+
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
+    """target[...] = source, block by block: twice as fast where one is the other's transpose, as memory is read whole.
+
+    Values too large for the target's dtype become infinite; whoever narrows looks for them.
+    """
+    with np.errstate(over="ignore"):
+        if source.flags.c_contiguous:
+            target[...] = source
+            return
+        for corner in itertools.product(*(range(0, n, _BLOCK) for n in source.shape)):
+            block = tuple(slice(start, start + _BLOCK) for start in corner)
+            target[block] = source[block]
 
 
 def place(rows: Sequence[Row], parameters: Mapping[str, tuple[Any, Any]], vocab_size: int) -> dict[str, Placed]:

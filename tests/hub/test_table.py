@@ -45,6 +45,14 @@ def test_a_linear_layer_is_turned_and_a_fused_one_cut():
     assert whole[5, 1, 2] == fused[5, 6 + 1 * 3 + 2]
 
 
+def test_what_is_larger_than_a_block_is_copied_whole():
+    where = Placed.of(Row("path", "name", "(head head_dim) embed"), (200, 3, 150), ["embed", "head", "head_dim"], 5)
+    file = np.random.default_rng(0).standard_normal((3 * 150, 200))
+    whole = where.read(file.__getitem__, [slice(None)] * 3, np.float64)
+    np.testing.assert_array_equal(whole, file.T.reshape(200, 3, 150))
+    np.testing.assert_array_equal(where.write(whole), file)
+
+
 def test_fused_tensors_are_named_once_and_their_parts_in_order():
     sizes = {row.path: row for row in NAMES["gpt2"].rows if "c_attn.bias" in row.name}
     shapes = {path: ((2, 4, 3), ("layer", *row.groups[0])) for path, row in reversed(sizes.items())}
