@@ -2,6 +2,7 @@
 
 from shardlm import data, inspect
 from shardlm.checkpoint import restore, save
+from shardlm.hub import load_hf, save_hf
 from shardlm.inspect import Report
 from shardlm.layout import Axis, Layout, LayoutError, Pipeline
 from shardlm.models import presets
@@ -50,10 +51,12 @@ __all__ = [
     "data",
     "fake_devices",
     "inspect",
+    "load_hf",
     "match_rules",
     "presets",
     "restore",
     "sample",
     "save",
+    "save_hf",
     "verify",
 ]

@@ -30,7 +30,7 @@ ORDER = (
     ("models",),
     ("data", "checkpoint", "inspect"),  # inspect looks at programs; Trainer.explain hands it the step
     ("train",),
-    ("runtime", "verification"),
+    ("runtime", "verification", "hub"),
     ("bench",),
     ("__main__",),
 )
