@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardlm.checkpoint import Checkpoints, digest, files, read_metadata, restore, save
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VOCAB = 11  # divides by nothing
 TABLE = "embedding/table"
 
