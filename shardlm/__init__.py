@@ -1,7 +1,7 @@
 """shardlm: write a Transformer once, lay it out over any devices, get the single device's numbers."""
 
 from shardlm import data, inspect
-from shardlm.checkpoint import restore, save
+from shardlm.checkpoint import DamagedCheckpoint, SaveError, read_metadata, restore, save
 from shardlm.inspect import Report
 from shardlm.layout import Axis, Layout, LayoutError, Pipeline
 from shardlm.models import presets
@@ -21,6 +21,7 @@ from shardlm.runtime import fake_devices
 from shardlm.train.fit import NonFiniteLoss
 from shardlm.train.optimizer import adamw
 from shardlm.train.sample import sample
+from shardlm.train.saving import CheckpointWarning
 from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
 from shardlm.verification import Verification, VerificationError, verify
@@ -29,6 +30,8 @@ __all__ = [
     "MLP",
     "Attention",
     "Axis",
+    "CheckpointWarning",
+    "DamagedCheckpoint",
     "Layout",
     "LayoutError",
     "LearnedPositions",
@@ -40,6 +43,7 @@ __all__ = [
     "Report",
     "ReplicatedParameterWarning",
     "Rope",
+    "SaveError",
     "TrainState",
     "Trainer",
     "Transformer",
@@ -52,6 +56,7 @@ __all__ = [
     "inspect",
     "match_rules",
     "presets",
+    "read_metadata",
     "restore",
     "sample",
     "save",

@@ -155,8 +155,17 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception) -> None:
+        if kind is None:
+            self.close()
+            return
+        # The other processes may be elsewhere, as the error may be this one's alone: they are told nothing.
+        try:
+            if self._running is not None:
+                self._running.join()
+        finally:
+            self._running = None
+            self._release()
 
     def _remove_surplus(self) -> None:
         """Removes what is not to stay. What is seen to be damaged stays, and is not counted."""

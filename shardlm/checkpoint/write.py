@@ -71,9 +71,13 @@ class Write:
 
     def wait(self) -> None:
         """Return when the checkpoint has its name. Raises SaveError if it never will."""
+        self.join()
+        self._raise_together()
+
+    def join(self) -> None:
+        """Return when this process has done its part, and the others theirs; whether all went well is not asked."""
         self._thread.join()
         self._handler.close()
-        self._raise_together()
 
     def _raise_together(self) -> None:
         if text := errors_of_all(self._error):
