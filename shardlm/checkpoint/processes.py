@@ -58,4 +58,4 @@ def reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     [first_line, *_] = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {first_line:.300}"
+    return f"{type(error).__name__}: {first_line[:300].rstrip(' [')}"
