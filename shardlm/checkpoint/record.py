@@ -76,9 +76,10 @@ def read_record(path: Any) -> dict[str, Any]:
     except OSError as error:
         raise damaged(path, f"{NAME} cannot be read ({reason(error)})") from error
     record = _load(content)
-    if record is not None and record.get("format") != FORMAT:
+    sealed = content == _sealed(content[: content.rfind(b',\n "digest"')])
+    if record is not None and record.get("format") != FORMAT and (sealed or "digest" not in record):
         raise ValueError(f"{path} is in format {record.get('format')}; this version of shardlm reads format {FORMAT}")
-    if content != _sealed(content[: content.rfind(b',\n "digest"')]):
+    if not sealed:
         raise damaged(path, f"{NAME} was truncated or changed: its digest is another")
     if record is None or any(type(record.get(key)) is not kind for key, kind in _KINDS.items()):
         raise damaged(path, f"{NAME} does not hold {', '.join(_KINDS)}")
