@@ -22,7 +22,7 @@ _SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_f
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
-    0; 1 for training that had to stop, a layout that is wrong or a damaged checkpoint; 2 for a mistake in the arguments.
+    0; 1 for training that had to stop, a wrong layout or a damaged checkpoint; 2 for a mistake in the arguments.
     """
     options = _parser().parse_args(arguments)
     try:

@@ -148,7 +148,8 @@ def _load(path: Any, wanted: dict[str, Any]) -> dict[str, jax.Array]:
     }
     plain = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
     args = ocp.args.PyTreeRestore(item=plain, restore_args=how, partial_restore=True)
-    handler, error, arrays = ocp.PyTreeCheckpointHandler(), None, {}
+    handler, arrays = ocp.PyTreeCheckpointHandler(), {}
+    error: Exception | None = None
     try:
         arrays = handler.restore(path / STATE, args=args)
     except Exception as caught:
@@ -156,7 +157,7 @@ def _load(path: Any, wanted: dict[str, Any]) -> dict[str, jax.Array]:
     finally:
         handler.close()
     if text := errors_of_all(error):
-        if isinstance(error, jax.errors.JaxRuntimeError | MemoryError):
+        if error is not None and isinstance(error, jax.errors.JaxRuntimeError | MemoryError):
             raise error  # the device's trouble, not the checkpoint's
         raise damaged(path, f"its arrays cannot be read ({text})") from error
     return arrays
@@ -177,4 +178,3 @@ def _with_source(line: str, pairs: Mapping[str, str]) -> str:
     name, rest = line.split(": ", 1)
     source = pairs.get(name, name)
     return line if source == name else f"{name} (mapped to {source}): {rest}"
-

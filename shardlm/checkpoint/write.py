@@ -133,7 +133,7 @@ class Write:
 
 
 class _Arrays(ocp.StandardCheckpointHandler):
-    """Orbax's handler of arrays, whose `save` returns once they are copied; `commits` are the writes still to be done."""
+    """Orbax's handler of arrays, whose `save` returns once they are copied; `commits` are the writes that follow."""
 
     commits: list[Any] = []
 

@@ -76,7 +76,9 @@ def test_whatever_happens_to_any_file_is_an_error_that_names_it(run, damaged, st
     for name in names:
         for seed in range(5 if attack == "flipped" else 1):
             ATTACKS[attack](damaged / name, seed)
-            with pytest.raises(DamagedCheckpoint, match=rf"/100 is damaged: {name} .*\(steps in {damaged.parent}: 20\)"):
+            with pytest.raises(
+                DamagedCheckpoint, match=rf"/100 is damaged: {name} .*\(steps in {damaged.parent}: 20\)"
+            ):
                 restore(damaged, state)
             shutil.rmtree(damaged)
             shutil.copytree(run / "100", damaged)
@@ -106,7 +108,9 @@ def test_a_step_that_is_no_folder_or_an_empty_one_is_damaged(damaged, state):
     for make in (Path.mkdir, Path.touch):
         shutil.rmtree(damaged) if damaged.is_dir() else damaged.unlink()
         make(damaged)
-        with pytest.raises(DamagedCheckpoint, match=r"metadata.json is missing\. Restore another one \(steps in .*: 20\)"):
+        with pytest.raises(
+            DamagedCheckpoint, match=r"metadata.json is missing\. Restore another one \(steps in .*: 20\)"
+        ):
             read_metadata(damaged)
 
 

@@ -170,7 +170,7 @@ def test_a_checkpoint_of_another_model_is_one_error_with_every_mismatch(saved):
     with pytest.raises(ValueError, match="is of another model or optimizer") as error:
         restore(path, target, rows=padded)
     lines = str(error.value).splitlines()
-    assert lines[-1].endswith("are named by mapping= and ignore=; only=\"params\" leaves the optimizer out")
+    assert lines[-1].endswith('are named by mapping= and ignore=; only="params" leaves the optimizer out')
     assert [line.strip() for line in lines[1:-1] if "opt_state" not in line] == [
         "params/embedding/table: shape expected (12, 15), found (12, 16)",
         "params/layers/bias: missing, expected bfloat16 (8,)",

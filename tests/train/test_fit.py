@@ -415,7 +415,14 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(t
     assert "It is now called 4.damaged. The run goes on from step 2" in four
     assert f"resumed from {tmp_path}, step 2\n" in output and five in output and four in output
     assert_same(undisturbed, by_path(state))
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["2", "4", "4.damaged", "5.damaged", "6", "metrics.jsonl"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "2",
+        "4",
+        "4.damaged",
+        "5.damaged",
+        "6",
+        "metrics.jsonl",
+    ]
 
 
 def test_a_run_of_which_no_checkpoint_is_whole_does_not_start_anew_unasked(trainer, tmp_path):
