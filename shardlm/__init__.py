@@ -1,7 +1,7 @@
 """shardlm: write a Transformer once, lay it out over any devices, get the single device's numbers."""
 
 from shardlm import data, inspect
-from shardlm.checkpoint import restore, save
+from shardlm.checkpoint import DamagedCheckpoint, SaveError, read_metadata, restore, save
 from shardlm.hub import load_hf, save_hf
 from shardlm.inspect import Report
 from shardlm.layout import Axis, Layout, LayoutError, Pipeline
@@ -22,6 +22,7 @@ from shardlm.runtime import fake_devices
 from shardlm.train.fit import NonFiniteLoss
 from shardlm.train.optimizer import adamw
 from shardlm.train.sample import sample
+from shardlm.train.saving import CheckpointWarning
 from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
 from shardlm.verification import Verification, VerificationError, verify
@@ -30,6 +31,8 @@ __all__ = [
     "MLP",
     "Attention",
     "Axis",
+    "CheckpointWarning",
+    "DamagedCheckpoint",
     "Layout",
     "LayoutError",
     "LearnedPositions",
@@ -41,6 +44,7 @@ __all__ = [
     "Report",
     "ReplicatedParameterWarning",
     "Rope",
+    "SaveError",
     "TrainState",
     "Trainer",
     "Transformer",
@@ -54,6 +58,7 @@ __all__ = [
     "load_hf",
     "match_rules",
     "presets",
+    "read_metadata",
     "restore",
     "sample",
     "save",

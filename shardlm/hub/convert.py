@@ -104,7 +104,7 @@ def _checkpoint(source: Path, options: argparse.Namespace, dtype: str | None) ->
     program = TransformerProgram.of(config, Layout(), [device], "manual")
     shapes, shardings = program.plan.shapes, program.plan.shardings("stored")
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    params = restore(source, {"params": target}, rows=program.padded_rows, partial=True)["params"]
+    params = restore(source, {"params": target}, rows=program.padded_rows, only="params")
     if dtype is not None:
         params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
         config = dataclasses.replace(config, param_dtype=dtype)
