@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,19 +54,6 @@ def test_a_checkpoint_becomes_a_folder(run, tmp_path):
 
     status, _, errors = run(tmp_path / "runs", tmp_path / "c")
     assert status == 2 and "it has no config.json" in errors
-
-
-def test_part_of_a_checkpoint_is_restored_only_when_that_is_said(tmp_path):
-    params = {"a": jnp.arange(5.0), "b": jnp.arange(3)}
-    sl.save(tmp_path / "a", {"params": params, "opt_state": jnp.ones(7)})
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
-    found = sl.restore(tmp_path / "a", {"params": target}, partial=True)
-    jax.tree.map(np.testing.assert_array_equal, found, {"params": params})
-    with pytest.raises(ValueError, match="opt_state: not expected"):
-        sl.restore(tmp_path / "a", {"params": target})
-    more = target | {"c": target["a"]}
-    with pytest.raises(ValueError, match="params/c: missing, expected"):
-        sl.restore(tmp_path / "a", {"params": more}, partial=True)
 
 
 @pytest.mark.parametrize(
