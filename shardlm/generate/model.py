@@ -31,7 +31,7 @@ from shardlm.train.transformer import TransformerProgram
 _TABLES = ("embedding/table", "head/table")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ShardedModel:
     """A model on a layout; functions of (parameters, ...) on global arrays, to be called under `jax.jit`.
 
@@ -215,8 +215,8 @@ class ShardedModel:
             copies = layout.tensor // c.num_kv_heads
             lines.append(
                 f"kv heads {c.num_kv_heads} < tensor {layout.tensor}: each is cached {copies} times, once for each "
-                f"device that uses it; {megabytes(held - held // copies)} of a device's cache would be saved by "
-                f"tensor={c.num_kv_heads}"
+                f"device whose queries use it: {megabytes(held * layout.tensor)} of cache over the tensor axis for "
+                f"{megabytes(held * c.num_kv_heads)} of different numbers"
             )
         if layout.zero == 3 and layout.fsdp > 1:
             lines.append(
