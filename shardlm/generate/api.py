@@ -9,6 +9,7 @@ import numpy as np
 
 from shardlm._errors import LayoutError, is_int
 from shardlm.generate import batching
+from shardlm.generate.beam import Beam, find, searches
 from shardlm.generate.loop import STEPS, Programs, programs
 from shardlm.generate.model import ShardedModel
 from shardlm.generate.requests import Request, end_tokens, requests
@@ -40,6 +41,9 @@ def generate(
     eos: int | Sequence[int] | None = None,
     stop: str | Sequence[str] | None = None,
     logprobs: bool | int = False,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
     stream: bool = False,
     stream_every: int = 4,
     batch_size: int | None = None,
@@ -69,6 +73,9 @@ def generate(
             `eos_token_id` or `end`).
         stop: strings that end a continuation where its text has one; needs a tokenizer.
         logprobs: True for the log-probability of every token, k > 1 for the k likeliest tokens besides.
+        num_beams: more than 1 search for the likeliest continuation with so many beams, which takes as many rows for
+            each prompt; without sampling, penalty, stop strings, logprobs and streaming.
+        length_penalty, early_stopping: of the search; see `beam.Beam`.
         stream: return an iterator of `Piece`s as they are made, and not a `Generation`.
         stream_every: tokens of a row in a piece, at most 64.
         batch_size: rows, a multiple of data x fsdp; default as many as there are prompts, rounded up, at most 64.
@@ -95,10 +102,18 @@ def generate(
     for name, value, most in (("stream_every", stream_every, STEPS), ("prefill_chunk", prefill_chunk, None)):
         if not is_int(value) or value < 1 or (most is not None and value > most):
             raise ValueError(f"{name}={value!r} is not a whole number from 1" + (f" to {most}" if most else ""))
+    options = None
+    if num_beams != 1 or (length_penalty, early_stopping) != (1.0, False):
+        options = Beam(beams=num_beams, length_penalty=length_penalty, early_stopping=early_stopping)
+        without = {"sampling or a penalty": chosen.kind, "logprobs": logprobs, "stop": stop, "stream": stream}
+        if wrong := [name for name, given in without.items() if given]:
+            raise ValueError(f"num_beams={num_beams} goes without {', '.join(wrong)}: leave them out")
     job = prepare(
         config, params, prompts, layout, max_new_tokens=max_new_tokens, tokenizer=tokenizer, seeds=seeds, eos=eos,
         stop=stop, batch_size=batch_size, max_length=max_length, chunk=prefill_chunk, devices=devices,
     )  # fmt: skip
+    if options is not None:
+        return _searched(job, options)
     compiled = programs(job.model, job.rows, job.max_length, job.chunk, chosen.kind, top)
     if stream:
         return _stream(job, compiled, chosen, stream_every)
@@ -216,6 +231,29 @@ def _collect(job: Job, compiled: Programs, chosen: Sampling, logprobs: bool, top
     completions = tuple(completion(request) for request in job.requests)
     times = (clock.prefill_tokens, clock.prefill_seconds, clock.decode_tokens, clock.decode_seconds)
     return Generation(completions, seconds, *times, plan=job.model.describe(job.rows, job.max_length, job.chunk))
+
+
+def _searched(job: Job, options: Beam) -> Generation:
+    began = time.perf_counter()
+    new = -(-max(request.limit for request in job.requests) // STEPS) * STEPS
+    keep = max(2, 1 + int((job.eos >= 0).sum())) * options.beams
+    search = searches(job.model, job.rows, job.max_length, job.chunk, new, options, keep)
+    compiled = programs(job.model, search.rows, job.max_length, job.chunk)
+    found, seconds = [], [0.0, 0.0]
+    for first in range(0, len(job.requests), job.rows):
+        part = find(search, job.params, job.requests[first : first + job.rows], job.eos, compiled.run)
+        seconds = [seconds[0] + part[0].prefill_seconds, seconds[1] + part[0].search_seconds]
+        found += part
+
+    def completion(request: Request, best: Any) -> Completion:
+        text = None if job.detokenizer is None else job.detokenizer.text(best.tokens)
+        reason = "eos" if best.tokens[-1] in job.eos else "length"
+        return Completion(request.prompt, best.tokens, text, reason, score=best.score)
+
+    completions = tuple(completion(r, best) for r, best in zip(job.requests, found, strict=True))
+    prompts, made = sum(len(r.prompt) for r in job.requests), sum(len(best.tokens) for best in found)
+    plan = job.model.describe(search.rows, job.max_length, job.chunk)
+    return Generation(completions, time.perf_counter() - began, prompts, seconds[0], made, seconds[1], plan)
 
 
 def _stream(job: Job, compiled: Programs, chosen: Sampling, every: int) -> Iterator[Piece]:

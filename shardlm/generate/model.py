@@ -149,6 +149,21 @@ class ShardedModel:
         whole = jax.lax.with_sharding_constraint(logits, self.sharding("batch"))
         return whole[:, : self.config.vocab_size], cache
 
+    def pick(self, cache: Cache, parents: Array) -> Cache:
+        """The cache in which the rows of each group are those of its rows at `parents`[groups, rows of a group].
+
+        A group is rows that stand together, on one device: the beams of a prompt.
+        """
+
+        def local(cache: Cache, parents: Array) -> Cache:
+            groups, size = parents.shape
+            rows = (jnp.arange(groups)[:, None] * size + parents).reshape(-1)
+            keys, values = ([jnp.take(x, rows, axis=1) for x in part] for part in (cache.keys, cache.values))
+            return Cache(tuple(keys), tuple(values), cache.length[rows], cache.windows)
+
+        specs = (self.cache_specs, self.spec("batch"))
+        return jax.shard_map(local, mesh=self.plan.mesh, in_specs=specs, out_specs=specs[0])(cache, parents)
+
     def score(
         self, params: Parameters, tokens: Array, targets: Array, counts: Array, cache: Cache
     ) -> tuple[Array, Array, Cache]:

@@ -1,0 +1,385 @@
+"""What a model thinks of given text: log-likelihoods of continuations and choices, perplexity of long texts.
+
+The request types are those of the lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness, class
+`LM`): `loglikelihood`, `loglikelihood_rolling` and `generate_until`. Text goes through the same cache as generation, a
+chunk of tokens at a time, so memory does not grow with the vocabulary times the length.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from shardlm._errors import is_int
+from shardlm.generate.api import generate, rows_of, room
+from shardlm.generate.loop import programs
+from shardlm.generate.model import ShardedModel
+from shardlm.generate.requests import encode
+from shardlm.layout import Layout
+from shardlm.models.config import TransformerConfig
+from shardlm.train.engine import Parameters
+
+_WINDOW = 1024
+
+
+class LogLikelihood(NamedTuple):
+    """Of a continuation.
+
+    Attributes:
+        logprob: the sum of its tokens' log-probabilities, in nats.
+        is_greedy: every token of it is the likeliest one where it stands.
+        tokens: how many it has.
+    """
+
+    logprob: float
+    is_greedy: bool
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Of one text.
+
+    Attributes:
+        perplexity: exp of the mean negative log-probability of its tokens.
+        logprob: the sum of their log-probabilities, in nats.
+        tokens: how many were judged.
+        bits_per_byte: of a text given as a string, its negative log-probability in bits over its bytes of UTF-8; else
+            None.
+    """
+
+    perplexity: float
+    logprob: float
+    tokens: int
+    bits_per_byte: float | None
+
+
+class Span(NamedTuple):
+    """A part of a text to run at once: ids[start:end - 1] go in, and the tokens first to end - 1 are judged."""
+
+    start: int
+    first: int
+    end: int
+
+
+def loglikelihood(
+    config: TransformerConfig,
+    params: Parameters,
+    pairs: Sequence[tuple[Any, Any]],
+    layout: Layout | None = None,
+    *,
+    tokenizer: Any = None,
+    prefix: int | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    truncate: bool = False,
+    chunk: int = 64,
+    devices: Sequence[Any] | None = None,
+) -> list[LogLikelihood]:
+    """log p(continuation | context), the sum over its tokens, for each pair.
+
+    Strings are encoded as the harness does it: spaces that end the context go to the continuation, both are encoded
+    together, and the continuation is what follows as many tokens as the context has alone.
+
+    Args:
+        config, params, layout, tokenizer, batch_size, devices: as of `sl.generate`.
+        pairs: (context, continuation), both strings or both token ids.
+        prefix: an id that stands for an empty context; default the tokenizer's `bos_token_id`, `eos_token_id` or `end`.
+        max_length: the most tokens of context and continuation; default the learned positions, and no limit without.
+        truncate: take tokens off a context's front where there are more, and do not raise.
+        chunk: tokens of a row in one pass.
+
+    Raises:
+        ValueError: a pair is too long, or empty; an argument does not fit.
+    """
+    prefix = _prefix(prefix, tokenizer)
+    most = _least(max_length, config.max_sequence)
+    rows: list[np.ndarray] = []
+    spans: list[list[Span]] = []
+    for i, (context, continuation) in enumerate(pairs):
+        before, after = _encoded(context, continuation, tokenizer)
+        if not len(after):
+            raise ValueError(f"pair {i}: the continuation {continuation!r} has no tokens")
+        if not len(before):
+            if prefix is None:
+                raise ValueError(f"pair {i}: the context is empty; give prefix=, the id that text begins with")
+            before = np.array([prefix])
+        ids = np.concatenate([before, after])
+        if most is not None and len(ids) - 1 > most:  # the last token is judged, and does not go in
+            if not truncate or len(after) > most:
+                raise ValueError(
+                    f"pair {i}: context and continuation have {len(before)} + {len(after)} tokens, and the model takes "
+                    f"{most}" + ("" if len(after) > most else ": shorten the context, or let truncate=True do it")
+                )
+            ids = ids[-most - 1 :]
+        rows.append(ids)
+        spans.append([Span(0, len(ids) - len(after), len(ids))])
+    judged = _judge(config, params, rows, spans, layout, batch_size, chunk, devices)
+    return [LogLikelihood(float(logprobs.sum()), bool(greedy.all()), len(logprobs)) for logprobs, greedy in judged]
+
+
+def loglikelihood_rolling(
+    config: TransformerConfig,
+    params: Parameters,
+    texts: Sequence[Any],
+    layout: Layout | None = None,
+    *,
+    tokenizer: Any = None,
+    prefix: int | None = None,
+    window: int | None = None,
+    batch_size: int | None = None,
+    chunk: int = 64,
+    devices: Sequence[Any] | None = None,
+) -> list[float]:
+    """log p(text) of whole texts, in nats: every token judged once, the first one after `prefix`.
+
+    A text of more tokens than `window` is cut into parts of so many, each with one token of context, the last one with
+    as many as fit, as the harness does it. Arguments as of `perplexity` and `loglikelihood`.
+    """
+    prefix = _prefix(prefix, tokenizer)
+    if prefix is None:
+        raise ValueError("rolling log-likelihood judges the first token too: give prefix=, the id that text begins with")
+    window = _window(config, window)
+    rows = [np.concatenate([[prefix], _ids(text, tokenizer)]) for text in texts]
+    judged = _judge(
+        config, params, rows, [cut(len(ids), window, window) for ids in rows], layout, batch_size, chunk, devices
+    )
+    return [float(logprobs.sum()) for logprobs, _ in judged]
+
+
+def perplexity(
+    config: TransformerConfig,
+    params: Parameters,
+    texts: Sequence[Any],
+    layout: Layout | None = None,
+    *,
+    tokenizer: Any = None,
+    prefix: int | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    chunk: int = 64,
+    devices: Sequence[Any] | None = None,
+) -> list[Perplexity]:
+    """exp(-mean log p(token | the tokens before it)) of each text.
+
+    A text of more tokens than `window` is judged in windows that slide on by `stride`: every token counts once, and all
+    but those of the first window have at least window - stride tokens of context. A small stride judges well and takes
+    long; stride = window is fast, and hard on the first tokens of every window.
+
+    Args:
+        config, params, layout, tokenizer, batch_size, devices: as of `sl.generate`.
+        texts: strings, or token ids [n].
+        prefix: an id put in front, so that the first token is judged too; None judges from the second token on.
+        window: tokens of a window; default the learned positions, or 1024.
+        stride: default half the window.
+        chunk: tokens of a row in one pass.
+
+    Returns:
+        A `Perplexity` for each text.
+    """
+    window = _window(config, window)
+    stride = max(1, window // 2) if stride is None else stride
+    if not is_int(stride) or not 1 <= stride <= window:
+        raise ValueError(f"stride={stride!r} is not a whole number from 1 to window={window}")
+    front = np.array([] if prefix is None else [prefix], np.int64)
+    rows = [np.concatenate([front, _ids(text, tokenizer)]) for text in texts]
+    if short := [i for i, ids in enumerate(rows) if len(ids) < 2]:
+        raise ValueError(f"text {short[0]} has no token to judge after another one: give prefix=, or leave it out")
+    judged = _judge(
+        config, params, rows, [cut(len(ids), window, stride) for ids in rows], layout, batch_size, chunk, devices
+    )
+    result = []
+    for text, (logprobs, _) in zip(texts, judged, strict=True):
+        total, count = float(logprobs.sum()), len(logprobs)
+        size = len(text.encode()) if isinstance(text, str) else None
+        bits = None if size is None else -total / math.log(2) / size
+        result.append(Perplexity(math.exp(min(-total / count, 700.0)), total, count, bits))
+    return result
+
+
+def choose(
+    config: TransformerConfig,
+    params: Parameters,
+    questions: Sequence[tuple[Any, Sequence[Any]]],
+    layout: Layout | None = None,
+    *,
+    per_token: bool = False,
+    **options: Any,
+) -> list[tuple[int, list[LogLikelihood]]]:
+    """Which of its choices a context makes likeliest: for each question the choice's index, and what each has.
+
+    Args:
+        config, params, layout: as of `sl.generate`.
+        questions: (context, choices).
+        per_token: compare log-probabilities over numbers of tokens, so that long choices are not at a disadvantage.
+        options: of `loglikelihood`.
+    """
+    found = loglikelihood(
+        config, params, [(context, choice) for context, choices in questions for choice in choices], layout, **options
+    )
+    result, at = [], 0
+    for i, (_, choices) in enumerate(questions):
+        if not choices:
+            raise ValueError(f"question {i} has no choices")
+        these, at = found[at : at + len(choices)], at + len(choices)
+        values = [x.logprob / (x.tokens if per_token else 1) for x in these]
+        result.append((int(np.argmax(values)), these))
+    return result
+
+
+def generate_until(
+    config: TransformerConfig,
+    params: Parameters,
+    pairs: Sequence[tuple[Any, Mapping[str, Any]]],
+    layout: Layout | None = None,
+    *,
+    tokenizer: Any,
+    **options: Any,
+) -> list[str]:
+    """Text that continues each context until one of its stop strings, which is left out.
+
+    Args:
+        config, params, layout, tokenizer: as of `sl.generate`.
+        pairs: (context, settings): `until`, a string or several; `max_gen_toks`, default 256; `temperature`, `top_k`,
+            `top_p` and `min_p`, which count where `do_sample` is not False.
+        options: of `sl.generate`, the same for all.
+
+    Raises:
+        ValueError: a setting that is none of these.
+    """
+    known = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p")
+    groups: dict[Any, list[int]] = {}
+    for i, (_, settings) in enumerate(pairs):
+        if unknown := set(settings) - set(known):
+            raise ValueError(f"pair {i}: unknown settings {sorted(unknown)}; legal are {', '.join(known)}")
+        until = settings.get("until") or ()
+        plain = dict(settings) | {"until": (until,) if isinstance(until, str) else tuple(until)}
+        groups.setdefault(tuple(sorted(plain.items())), []).append(i)
+    texts: dict[int, str] = {}
+    for key, indices in groups.items():
+        settings = dict(key)
+        stop, most = settings.pop("until"), settings.pop("max_gen_toks", 256)
+        if not settings.pop("do_sample", settings.get("temperature", 0) > 0):
+            settings = {}
+        result = generate(
+            config, params, [pairs[i][0] for i in indices], layout, tokenizer=tokenizer, stop=stop, max_new_tokens=most,
+            **settings, **options,
+        )  # fmt: skip
+        texts |= dict(zip(indices, result.texts, strict=True))
+    return [texts[i] for i in range(len(pairs))]
+
+
+def cut(length: int, window: int, stride: int) -> list[Span]:
+    """Spans that judge every token but the first of `length` once, none longer than `window` tokens going in.
+
+    Example:
+        >>> cut(8, 4, 2)
+        [Span(start=0, first=1, end=5), Span(start=2, first=5, end=7), Span(start=3, first=7, end=8)]
+    """
+    spans = [Span(0, 1, min(window + 1, length))]
+    while (end := spans[-1].end) < length:
+        after = min(end + stride, length)
+        spans.append(Span(max(0, after - 1 - window), end, after))
+    return spans
+
+
+def _judge(
+    config: TransformerConfig,
+    params: Parameters,
+    rows: Sequence[np.ndarray],
+    spans: Sequence[Sequence[Span]],
+    layout: Layout | None,
+    batch_size: int | None,
+    chunk: int,
+    devices: Sequence[Any] | None,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each row the log-probabilities of its judged tokens, float64[n], and whether each is the likeliest."""
+    if not is_int(chunk) or chunk < 1:
+        raise ValueError(f"chunk={chunk!r} is not a whole number from 1")
+    if not rows:
+        return []
+    _check_ids(config, rows)
+    model = ShardedModel.of(config, layout, devices)
+    params = model.place(params)
+    parts = [(i, span) for i, row_spans in enumerate(spans) for span in row_spans]
+    parts.sort(key=lambda part: part[1].start - part[1].end)  # the longest first, so that a batch has equal lengths
+    length = room(max(span.end - 1 - span.start for _, span in parts), config.max_sequence)
+    count, chunk = rows_of(model.layout, len(parts), batch_size), min(chunk, length)
+    judge = _compiled(model, count, length, chunk)
+    start, run = programs(model, count, length, chunk).start, programs(model, count, length, chunk).run
+    found: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+    for first in range(0, len(parts), count):
+        batch = parts[first : first + count]
+        ids = [rows[i][span.start : span.end] for i, span in batch]
+        cache, results = run(start).cache, []
+        for at in range(0, max(map(len, ids)) - 1, chunk):
+            tokens, targets = (np.zeros((count, chunk), np.int32) for _ in range(2))
+            counts = np.zeros(count, np.int32)
+            for j, row in enumerate(ids):
+                counts[j] = n = min(chunk, max(0, len(row) - 1 - at))
+                tokens[j, :n], targets[j, :n] = row[at : at + n], row[at + 1 : at + 1 + n]
+            logprobs, greedy, cache = run(judge, params, tokens, targets, counts, cache)
+            results.append(jax.device_get((logprobs, greedy)))
+        logprobs, greedy = (np.concatenate(x, axis=1) for x in zip(*results, strict=True))
+        for j, (i, span) in enumerate(batch):
+            scored = slice(span.first - span.start - 1, span.end - span.start - 1)
+            found[i, span.first] = logprobs[j, scored].astype(np.float64), greedy[j, scored]
+    return [
+        tuple(np.concatenate(x) for x in zip(*(found[i, span.first] for span in row_spans), strict=True))
+        for i, row_spans in enumerate(spans)
+    ]
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(model: ShardedModel, rows: int, length: int, chunk: int) -> Any:
+    out = (model.sharding(), model.sharding(), model.cache_shardings)
+    return jax.jit(model.score, donate_argnums=4, out_shardings=out)
+
+
+def _encoded(context: Any, continuation: Any, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    if not isinstance(context, str) or not isinstance(continuation, str):
+        return _ids(context, tokenizer), _ids(continuation, tokenizer)
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    before = _ids(context, tokenizer)
+    return before, _ids(context + continuation, tokenizer)[len(before) :]
+
+
+def _ids(text: Any, tokenizer: Any) -> np.ndarray:
+    if not isinstance(text, str):
+        return np.asarray(text, np.int64 if len(text) == 0 else None)
+    if tokenizer is None:
+        raise ValueError("texts are strings, and there is no tokenizer: give tokenizer=, or token ids")
+    return encode(tokenizer, text) if text else np.array([], np.int64)
+
+
+def _check_ids(config: TransformerConfig, rows: Sequence[np.ndarray]) -> None:
+    for i, ids in enumerate(rows):
+        if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= config.vocab_size:
+            raise ValueError(f"text {i} has {ids.dtype} ids from {ids.min()} to {ids.max()}; the model has 0 to "
+                             f"{config.vocab_size - 1}")  # fmt: skip
+
+
+def _prefix(prefix: int | None, tokenizer: Any) -> int | None:
+    names = ("bos_token_id", "eos_token_id", "end")
+    found = (x for name in names if (x := getattr(tokenizer, name, None)) is not None)
+    return next(found, None) if prefix is None else prefix
+
+
+def _window(config: TransformerConfig, window: int | None) -> int:
+    if window is None:
+        return config.max_sequence or _WINDOW
+    most = config.max_sequence
+    if not is_int(window) or window < 1 or (most is not None and window > most):
+        raise ValueError(f"window={window!r} is not a whole number from 1" + (f" to {most}" if most else ""))
+    return window
+
+
+def _least(*values: int | None) -> int | None:
+    return min((x for x in values if x is not None), default=None)
