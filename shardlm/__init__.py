@@ -2,6 +2,9 @@
 
 from shardlm import data, inspect
 from shardlm.checkpoint import restore, save
+from shardlm.generate import score
+from shardlm.generate.api import generate
+from shardlm.generate.result import Completion, Generation, Piece
 from shardlm.inspect import Report
 from shardlm.layout import Axis, Layout, LayoutError, Pipeline
 from shardlm.models import presets
@@ -29,6 +32,8 @@ __all__ = [
     "MLP",
     "Attention",
     "Axis",
+    "Completion",
+    "Generation",
     "Layout",
     "LayoutError",
     "LearnedPositions",
@@ -36,6 +41,7 @@ __all__ = [
     "Llama3Scaling",
     "NonFiniteLoss",
     "Norm",
+    "Piece",
     "Pipeline",
     "Report",
     "ReplicatedParameterWarning",
@@ -49,11 +55,13 @@ __all__ = [
     "adamw",
     "data",
     "fake_devices",
+    "generate",
     "inspect",
     "match_rules",
     "presets",
     "restore",
     "sample",
     "save",
+    "score",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `python -m shardlm train`, `explain` and `verify`."""
+"""The command line: `python -m shardlm train`, `explain`, `verify` and `generate`."""
 
 import argparse
 import dataclasses
@@ -12,6 +12,7 @@ import numpy as np
 
 import shardlm as sl
 from shardlm.data import Batches, Epoch
+from shardlm.generate import command as generation
 from shardlm.inspect import topologies
 
 _MOST_CPU_DEVICES = 2048  # of one process: with more, JAX takes some to be another process's
@@ -297,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print the report as JSON")
 
     _add_verify(commands)
+    generation.add(commands, _Help)
     return parser
 
 

@@ -53,10 +53,11 @@ def generate(
 ) -> Any:
     """Continue prompts, with a cache of keys and values that is split as the layout says.
 
-    Rows of a batch are split over data x fsdp, heads and vocabulary over tensor. A request's continuation depends on its
-    prompt, its seed and the settings, to the rounding of logits, and neither on the layout nor on the other requests:
-    the draw of its n-th token is a function of (seed, n). Prompts are taken in `prefill_chunk` tokens at a time; more
-    prompts than rows wait, and take the row of whichever request is finished first, without compiling anything again.
+    Rows of a batch are split over data x fsdp, heads and vocabulary over tensor. A request's continuation depends on
+    its prompt, its seed and the settings, to the rounding of logits, and neither on the layout nor on the other
+    requests: the draw of its n-th token is a function of (seed, n). Prompts are taken in `prefill_chunk` tokens at a
+    time; more prompts than rows wait, and take the row of whichever request is finished first, without compiling
+    anything again. Attention is computed in plain XLA, whatever `config.attention.implementation` says.
 
     Args:
         config: the model.
@@ -210,9 +211,7 @@ def _collect(job: Job, compiled: Programs, chosen: Sampling, logprobs: bool, top
     parts: list[list[batching.Made]] = [[] for _ in job.requests]
     stop = stopper(job.detokenizer)
     burst = STEPS if stop is None else _STOP_BURST
-    for made in batching.serve(
-        compiled, job.params, job.requests, chosen.values(), job.eos, stop, burst, clock
-    ):
+    for made in batching.serve(compiled, job.params, job.requests, chosen.values(), job.eos, stop, burst, clock):
         parts[made.request].append(made)
     seconds = time.perf_counter() - began
 
@@ -220,7 +219,7 @@ def _collect(job: Job, compiled: Programs, chosen: Sampling, logprobs: bool, top
         made = parts[request.index]
         join = lambda name: np.concatenate([getattr(part, name) for part in made])  # noqa: E731
         tokens = join("tokens")
-        text = None if job.detokenizer is None else job.detokenizer.text(tokens)
+        text = None if job.detokenizer is None else job.detokenizer.text(tokens.tolist())
         return Completion(
             request.prompt, tokens, text, made[-1].reason or "length",
             join("log_probabilities") if logprobs else None,

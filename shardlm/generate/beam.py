@@ -1,9 +1,9 @@
 """Beam search: the likeliest continuation found by keeping several at each length.
 
-The score of a finished continuation of n tokens is (sum of its log-probabilities) / n ** length_penalty. Which beams run
-on, which are finished and when to stop are those of transformers' beam search (`GenerationMixin._beam_search` in
-`generation/utils.py`, version 5): of the best `keep` continuations of all running beams, those that end are finished if
-they are among the best `beams`, and the best of the others run on.
+The score of a finished continuation of n tokens is (sum of its log-probabilities) / n ** length_penalty. Which beams
+run on, which are finished and when to stop are those of transformers' beam search (`GenerationMixin._beam_search` in
+`generation/utils.py`, version 5): of the best `keep` continuations of all running beams, those that end are finished
+if they are among the best `beams`, and the best of the others run on.
 
 Shape letters: Prompts, Beams, Vocabulary, Candidates, New tokens. All beams of a prompt are on the same device.
 """
@@ -144,15 +144,15 @@ def advance(
     if options.early_stopping is True:
         is_open = is_open & ~finished.all(axis=1)
     best = merged(beams.best, tokens_PCN)
-    after = Beams(
-        _take(tokens_PCN, running), scores, best, best_scores, lengths, finished, promising, is_open, made
-    )
+    after = Beams(_take(tokens_PCN, running), scores, best, best_scores, lengths, finished, promising, is_open, made)
 
     def still(new: Array, old: Array) -> Array:
         return jnp.where(beams.open.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
     kept = {f.name: still(getattr(after, f.name), getattr(beams, f.name)) for f in dataclasses.fields(beams)[:-1]}
-    return Beams(**kept, made=made), still(_take(parents_PC, running), jnp.broadcast_to(jnp.arange(count), scores.shape))
+    return Beams(**kept, made=made), still(
+        _take(parents_PC, running), jnp.broadcast_to(jnp.arange(count), scores.shape)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +260,9 @@ def find(search: Search, params: Parameters, requests: Sequence[Request], eos: n
         for i, part in enumerate(parts):
             tokens[i, : len(part)] = part
         counts = np.array([len(part) for part in parts], np.int32)
-        cache, logits = run(search.prefill, params, cache, logits, np.repeat(tokens, count, 0), np.repeat(counts, count))
+        cache, logits = run(
+            search.prefill, params, cache, logits, np.repeat(tokens, count, 0), np.repeat(counts, count)
+        )
     jax.block_until_ready(logits)
     middle = time.perf_counter()
     beams = jax.device_get(run(search.search, params, cache, logits, eos, limits)[0])

@@ -232,7 +232,7 @@ class Programs:
         XLA's CPU backend may stand still when programs with collectives overlap.
         """
         result = function(*arguments)
-        mesh = self.model.plan.mesh
+        mesh: Any = self.model.plan.mesh
         if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
             jax.block_until_ready(result)
         return result

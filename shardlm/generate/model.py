@@ -1,7 +1,7 @@
 """The model on a layout, as generation runs it: new tokens in, logits and a longer cache out.
 
-A program is manual over the whole mesh, as in training: the batch is split over data x fsdp, heads over tensor, and with
-ZeRO-3 each layer's parameters are gathered where they are used, for every token again.
+A program is manual over the whole mesh, as in training: the batch is split over data x fsdp, heads over tensor, and
+with ZeRO-3 each layer's parameters are gathered where they are used, for every token again.
 """
 
 import dataclasses
@@ -58,8 +58,8 @@ class ShardedModel:
             others = [f"{axis}={n}" for axis, n in layout.sizes.items() if n > 1 and axis not in ("pipe", "fsdp")]
             raise LayoutError(
                 f"generation runs no pipeline, and the layout {layout} has pipe={layout.pipe}: a token would wait for "
-                f"all stages. Give a layout without it, such as {','.join([split, *others])}; the parameters may stay as "
-                "they are, they are moved"
+                f"all stages. Give a layout without it, such as {','.join([split, *others])}; the parameters may stay "
+                "as they are, they are moved"
             )
         if layout.sequence_parallel:
             warnings.warn(
@@ -117,8 +117,9 @@ class ShardedModel:
     def cache_specs(self) -> Cache:
         """The specs of a cache: rows over the batch's axes, heads over tensor."""
         windows = kinds_of(self.config.windows)
-        arrays = tuple(self.spec(None, "batch", "head") for _ in windows)
-        return Cache(arrays, arrays, self.spec("batch"), windows)
+        arrays: Any = tuple(self.spec(None, "batch", "head") for _ in windows)
+        length: Any = self.spec("batch")
+        return Cache(arrays, arrays, length, windows)
 
     @property
     def cache_shardings(self) -> Cache:
@@ -145,7 +146,7 @@ class ShardedModel:
             at = jnp.maximum(counts - 1, 0)[:, None, None]
             return model.logits(jnp.take_along_axis(hidden, at, axis=1))[:, 0]
 
-        logits, cache = self._run(params, tokens, counts, cache, last, self.spec("batch", "vocab"))
+        logits, cache = self._run(params, tokens, counts, cache, counts, last, self.spec("batch", "vocab"))
         whole = jax.lax.with_sharding_constraint(logits, self.sharding("batch"))
         return whole[:, : self.config.vocab_size], cache
 
@@ -183,11 +184,11 @@ class ShardedModel:
             return -tensor.cross_entropy(logits, targets), tensor.likeliest(logits) == targets
 
         spec = (self.spec("batch"), self.spec("batch"))
-        (log_probabilities, greedy), cache = self._run(params, tokens, counts, cache, judged, spec, targets)
+        (log_probabilities, greedy), cache = self._run(params, tokens, counts, cache, targets, judged, spec)
         return log_probabilities, greedy, cache
 
-    def _run(self, params, tokens, counts, cache, finish, out_spec, beside: Array | None = None) -> tuple[Any, Cache]:
-        """`finish(model, hidden, beside)` of the new tokens' hidden states, and the cache; `beside` is counts if None."""
+    def _run(self, params, tokens, counts, cache, beside: Array, finish: Any, out_spec: Any) -> tuple[Any, Cache]:
+        """`finish(model, hidden, beside)` of the new tokens' hidden states, and the cache."""
 
         def local(params: Parameters, tokens: Array, counts: Array, beside: Array, cache: Cache):
             model, execution = engine.held(self.plan, params)
@@ -202,7 +203,7 @@ class ShardedModel:
             in_specs=(stored, row, row, row, self.cache_specs),
             out_specs=(out_spec, self.cache_specs),
         )
-        return run(params, tokens, counts, counts if beside is None else beside, cache)
+        return run(params, tokens, counts, beside, cache)
 
     def describe(self, rows: int, max_length: int, added: int) -> str:
         """What a device keeps while it generates `rows` rows of up to `max_length` tokens."""

@@ -109,8 +109,10 @@ def end_tokens(config: TransformerConfig, eos: int | Sequence[int] | None, token
     """
     if eos is None:
         names = ("eos_ids", "eos_token_id", "end")
-        eos = next((x for name in names if (x := getattr(tokenizer, name, None)) is not None), ())
-    ids = [eos] if isinstance(eos, int | np.integer) else list(eos)
+        found: Any = next((x for name in names if (x := getattr(tokenizer, name, None)) is not None), ())
+    else:
+        found = eos
+    ids = [found] if isinstance(found, int | np.integer) else list(found)
     if wrong := [x for x in ids if not isinstance(x, int | np.integer) or not 0 <= x < config.vocab_size]:
         raise ValueError(f"eos: {wrong} are not ids of the model, which has 0 to {config.vocab_size - 1}")
     return np.array(ids + [-1] * (-len(ids) % 8 or 8 * (not ids)), np.int32)

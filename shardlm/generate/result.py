@@ -39,8 +39,8 @@ class Piece:
     Attributes:
         request: which prompt it continues.
         tokens: int32[n].
-        text: what they add, held back while it may turn into something else: an unfinished character, the beginning of a
-            stop string. None without a tokenizer.
+        text: what they add, held back while it may turn into something else: an unfinished character, the beginning
+            of a stop string. None without a tokenizer.
         reason: why the continuation ends with this piece, else None.
     """
 
@@ -98,7 +98,7 @@ class Generation:
     def __str__(self) -> str:
         total = sum(map(len, self.tokens))
         return (
-            f"{len(self)} completions, {total} tokens in {self.seconds:.2f} s ({self.tokens_per_second:,.0f} tokens/s); "
-            f"prompts: {self.prefill_tokens} tokens in {self.prefill_seconds:.2f} s, "
+            f"{len(self)} completions, {total} tokens in {self.seconds:.2f} s "
+            f"({self.tokens_per_second:,.0f} tokens/s); prompts: {self.prefill_tokens} tokens in {self.prefill_seconds:.2f} s, "
             f"then {self.decode_tokens} tokens in {self.decode_seconds:.2f} s"
         )

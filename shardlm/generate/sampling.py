@@ -1,8 +1,8 @@
 """From logits to a token: penalties, filters and the draw, each a function of logits[batch, vocab] to the same.
 
-Order and meaning are those of transformers' logits processors: repetition penalty, temperature, top-k, top-p, min-p, each
-on what the one before left. What is taken out is minus infinity. A draw depends on the request's seed and on how many
-tokens it has made, and on nothing else, so neither the layout nor other rows of the batch change it.
+Order and meaning are those of transformers' logits processors: repetition penalty, temperature, top-k, top-p, min-p,
+each on what the one before left. What is taken out is minus infinity. A draw depends on the request's seed and on how
+many tokens it has made, and on nothing else, so neither the layout nor other rows of the batch change it.
 """
 
 import math

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from shardlm._errors import is_int
-from shardlm.generate.api import generate, rows_of, room
+from shardlm.generate.api import generate, room, rows_of
 from shardlm.generate.loop import programs
 from shardlm.generate.model import ShardedModel
 from shardlm.generate.requests import encode
@@ -142,7 +142,9 @@ def loglikelihood_rolling(
     """
     prefix = _prefix(prefix, tokenizer)
     if prefix is None:
-        raise ValueError("rolling log-likelihood judges the first token too: give prefix=, the id that text begins with")
+        raise ValueError(
+            "rolling log-likelihood judges the first token too: give prefix=, the id that text begins with"
+        )
     window = _window(config, window)
     rows = [np.concatenate([[prefix], _ids(text, tokenizer)]) for text in texts]
     judged = _judge(
@@ -329,10 +331,11 @@ def _judge(
         for j, (i, span) in enumerate(batch):
             scored = slice(span.first - span.start - 1, span.end - span.start - 1)
             found[i, span.first] = logprobs[j, scored].astype(np.float64), greedy[j, scored]
-    return [
-        tuple(np.concatenate(x) for x in zip(*(found[i, span.first] for span in row_spans), strict=True))
-        for i, row_spans in enumerate(spans)
-    ]
+    result = []
+    for i, row_spans in enumerate(spans):
+        logprobs, greedy = zip(*(found[i, span.first] for span in row_spans), strict=True)
+        result.append((np.concatenate(logprobs), np.concatenate(greedy)))
+    return result
 
 
 @functools.lru_cache(maxsize=32)

@@ -203,9 +203,7 @@ class SelfAttention(nnx.Module):
             o = plain(q, k, v, visibility, self._scale, c.attention.soft_cap)
         return self._combine(o, like=x)
 
-    def extend(
-        self, x: Array, cache: LayerCache, rotation: tuple[Array, Array] | None
-    ) -> tuple[Array, LayerCache]:
+    def extend(self, x: Array, cache: LayerCache, rotation: tuple[Array, Array] | None) -> tuple[Array, LayerCache]:
         """Attend from new tokens x[batch, sequence, embed] to what the cache holds and to themselves.
 
         In plain XLA whatever `implementation` says: the queries are few.

@@ -46,9 +46,7 @@ class Block(nnx.Module):
         y = self.attention(self.attention_norm(x), visibility, rotation)
         return self._after_attention(x, y, dropout, layer)
 
-    def extend(
-        self, x: Array, cache: LayerCache, rotation: tuple[Array, Array] | None
-    ) -> tuple[Array, LayerCache]:
+    def extend(self, x: Array, cache: LayerCache, rotation: tuple[Array, Array] | None) -> tuple[Array, LayerCache]:
         """A call for new tokens x[batch, sequence, embed] of rows whose earlier tokens are in the cache."""
         y, cache = self.attention.extend(self.attention_norm(x), cache, rotation)
         return self._after_attention(x, y, None, 0), cache
@@ -210,15 +208,13 @@ class Transformer(nnx.Module):
             per_layer = {name: table[layers] for name, table in per_layer.items()}
         return scan_layers(self.layers, x, apply, per_layer, execution)
 
-    def extend(
-        self, tokens: Array, counts: Array, cache: Cache, execution: Execution = PLAIN
-    ) -> tuple[Array, Cache]:
+    def extend(self, tokens: Array, counts: Array, cache: Cache, execution: Execution = PLAIN) -> tuple[Array, Cache]:
         """`hidden` of new tokens, of rows whose earlier tokens are in the cache; equal to that of the whole rows.
 
         Args:
             tokens: int32[batch, sequence].
-            counts: int32[batch], how many of a row's tokens are real. They come first; what follows leaves no trace, and
-                its results mean nothing.
+            counts: int32[batch], how many of a row's tokens are real. They come first; what follows leaves no trace,
+                and its results mean nothing.
             cache: of the earlier tokens; see `Cache.empty`.
             execution: see there; without sequence parallelism.
 
