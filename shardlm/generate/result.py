@@ -99,6 +99,6 @@ class Generation:
         total = sum(map(len, self.tokens))
         return (
             f"{len(self)} completions, {total} tokens in {self.seconds:.2f} s "
-            f"({self.tokens_per_second:,.0f} tokens/s); prompts: {self.prefill_tokens} tokens in {self.prefill_seconds:.2f} s, "
-            f"then {self.decode_tokens} tokens in {self.decode_seconds:.2f} s"
+            f"({self.tokens_per_second:,.0f} tokens/s); prompts: {self.prefill_tokens} tokens in "
+            f"{self.prefill_seconds:.2f} s, then {self.decode_tokens} tokens in {self.decode_seconds:.2f} s"
         )

@@ -5,19 +5,16 @@ The request types are those of the lm-evaluation-harness (https://github.com/Ele
 chunk of tokens at a time, so memory does not grow with the vocabulary times the length.
 """
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from shardlm._errors import is_int
-from shardlm.generate.api import generate, room, rows_of
-from shardlm.generate.loop import programs
-from shardlm.generate.model import ShardedModel
+from shardlm.generate.api import generate
+from shardlm.generate.judge import Span, cut, judge
 from shardlm.generate.requests import encode
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
@@ -56,14 +53,6 @@ class Perplexity:
     logprob: float
     tokens: int
     bits_per_byte: float | None
-
-
-class Span(NamedTuple):
-    """A part of a text to run at once: ids[start:end - 1] go in, and the tokens first to end - 1 are judged."""
-
-    start: int
-    first: int
-    end: int
 
 
 def loglikelihood(
@@ -118,7 +107,7 @@ def loglikelihood(
             ids = ids[-most - 1 :]
         rows.append(ids)
         spans.append([Span(0, len(ids) - len(after), len(ids))])
-    judged = _judge(config, params, rows, spans, layout, batch_size, chunk, devices)
+    judged = judge(config, params, rows, spans, layout, batch_size, chunk, devices)
     return [LogLikelihood(float(logprobs.sum()), bool(greedy.all()), len(logprobs)) for logprobs, greedy in judged]
 
 
@@ -147,7 +136,7 @@ def loglikelihood_rolling(
         )
     window = _window(config, window)
     rows = [np.concatenate([[prefix], _ids(text, tokenizer)]) for text in texts]
-    judged = _judge(
+    judged = judge(
         config, params, rows, [cut(len(ids), window, window) for ids in rows], layout, batch_size, chunk, devices
     )
     return [float(logprobs.sum()) for logprobs, _ in judged]
@@ -192,7 +181,7 @@ def perplexity(
     rows = [np.concatenate([front, _ids(text, tokenizer)]) for text in texts]
     if short := [i for i, ids in enumerate(rows) if len(ids) < 2]:
         raise ValueError(f"text {short[0]} has no token to judge after another one: give prefix=, or leave it out")
-    judged = _judge(
+    judged = judge(
         config, params, rows, [cut(len(ids), window, stride) for ids in rows], layout, batch_size, chunk, devices
     )
     result = []
@@ -276,74 +265,6 @@ def generate_until(
     return [texts[i] for i in range(len(pairs))]
 
 
-def cut(length: int, window: int, stride: int) -> list[Span]:
-    """Spans that judge every token but the first of `length` once, none longer than `window` tokens going in.
-
-    Example:
-        >>> cut(8, 4, 2)
-        [Span(start=0, first=1, end=5), Span(start=2, first=5, end=7), Span(start=3, first=7, end=8)]
-    """
-    spans = [Span(0, 1, min(window + 1, length))]
-    while (end := spans[-1].end) < length:
-        after = min(end + stride, length)
-        spans.append(Span(max(0, after - 1 - window), end, after))
-    return spans
-
-
-def _judge(
-    config: TransformerConfig,
-    params: Parameters,
-    rows: Sequence[np.ndarray],
-    spans: Sequence[Sequence[Span]],
-    layout: Layout | None,
-    batch_size: int | None,
-    chunk: int,
-    devices: Sequence[Any] | None,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each row the log-probabilities of its judged tokens, float64[n], and whether each is the likeliest."""
-    if not is_int(chunk) or chunk < 1:
-        raise ValueError(f"chunk={chunk!r} is not a whole number from 1")
-    if not rows:
-        return []
-    _check_ids(config, rows)
-    model = ShardedModel.of(config, layout, devices)
-    params = model.place(params)
-    parts = [(i, span) for i, row_spans in enumerate(spans) for span in row_spans]
-    parts.sort(key=lambda part: part[1].start - part[1].end)  # the longest first, so that a batch has equal lengths
-    length = room(max(span.end - 1 - span.start for _, span in parts), config.max_sequence)
-    count, chunk = rows_of(model.layout, len(parts), batch_size), min(chunk, length)
-    judge = _compiled(model, count, length, chunk)
-    start, run = programs(model, count, length, chunk).start, programs(model, count, length, chunk).run
-    found: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
-    for first in range(0, len(parts), count):
-        batch = parts[first : first + count]
-        ids = [rows[i][span.start : span.end] for i, span in batch]
-        cache, results = run(start).cache, []
-        for at in range(0, max(map(len, ids)) - 1, chunk):
-            tokens, targets = (np.zeros((count, chunk), np.int32) for _ in range(2))
-            counts = np.zeros(count, np.int32)
-            for j, row in enumerate(ids):
-                counts[j] = n = min(chunk, max(0, len(row) - 1 - at))
-                tokens[j, :n], targets[j, :n] = row[at : at + n], row[at + 1 : at + 1 + n]
-            logprobs, greedy, cache = run(judge, params, tokens, targets, counts, cache)
-            results.append(jax.device_get((logprobs, greedy)))
-        logprobs, greedy = (np.concatenate(x, axis=1) for x in zip(*results, strict=True))
-        for j, (i, span) in enumerate(batch):
-            scored = slice(span.first - span.start - 1, span.end - span.start - 1)
-            found[i, span.first] = logprobs[j, scored].astype(np.float64), greedy[j, scored]
-    result = []
-    for i, row_spans in enumerate(spans):
-        logprobs, greedy = zip(*(found[i, span.first] for span in row_spans), strict=True)
-        result.append((np.concatenate(logprobs), np.concatenate(greedy)))
-    return result
-
-
-@functools.lru_cache(maxsize=32)
-def _compiled(model: ShardedModel, rows: int, length: int, chunk: int) -> Any:
-    out = (model.sharding(), model.sharding(), model.cache_shardings)
-    return jax.jit(model.score, donate_argnums=4, out_shardings=out)
-
-
 def _encoded(context: Any, continuation: Any, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(context, str) or not isinstance(continuation, str):
         return _ids(context, tokenizer), _ids(continuation, tokenizer)
@@ -360,13 +281,6 @@ def _ids(text: Any, tokenizer: Any) -> np.ndarray:
     if tokenizer is None:
         raise ValueError("texts are strings, and there is no tokenizer: give tokenizer=, or token ids")
     return encode(tokenizer, text) if text else np.array([], np.int64)
-
-
-def _check_ids(config: TransformerConfig, rows: Sequence[np.ndarray]) -> None:
-    for i, ids in enumerate(rows):
-        if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= config.vocab_size:
-            raise ValueError(f"text {i} has {ids.dtype} ids from {ids.min()} to {ids.max()}; the model has 0 to "
-                             f"{config.vocab_size - 1}")  # fmt: skip
 
 
 def _prefix(prefix: int | None, tokenizer: Any) -> int | None:
