@@ -73,7 +73,7 @@ def generate(
         eos: one id or several that end a continuation, () for none; default those that the tokenizer names (`eos_ids`,
             `eos_token_id` or `end`).
         stop: strings that end a continuation where its text has one; needs a tokenizer.
-        logprobs: True for the log-probability of every token, k > 1 for the k likeliest tokens besides.
+        logprobs: True for the log-probability of every token; a number k for the k likeliest tokens besides.
         num_beams: more than 1 search for the likeliest continuation with so many beams, which takes as many rows for
             each prompt; without sampling, penalty, stop strings, logprobs and streaming.
         length_penalty, early_stopping: of the search; see `beam.Beam`.

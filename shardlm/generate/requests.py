@@ -119,6 +119,7 @@ def end_tokens(config: TransformerConfig, eos: int | Sequence[int] | None, token
 
 
 def _each(name: str, value: Any, count: int, offset: Any) -> list[Any]:
+    value = value.item() if isinstance(value, np.integer) else value
     if isinstance(value, str) or not isinstance(value, Iterable):
         return [value + offset(i) if is_int(value) else value for i in range(count)]
     values = [x.item() if isinstance(x, np.integer) else x for x in value]
