@@ -27,6 +27,9 @@ LEARNED = dataclasses.replace(
     mlp=sl.MLP(gated=False, activation="gelu", bias=True), norm=sl.Norm(kind="layer", epsilon=0.1),
 )  # fmt: skip
 
+# Two layers of a kind each, and a head of its own: it does not say one word again and again.
+TALKER = dataclasses.replace(MIXED, num_layers=2, tied=False)
+
 
 @functools.cache
 def parameters(config):

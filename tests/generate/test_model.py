@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from tests.generate.settings import LAYOUTS, LEARNED, MIXED, VOCAB, devices, log_softmax, parameters, plain_logits
 
 import shardlm as sl
 from shardlm.generate.model import ShardedModel
 from shardlm.train.engine import flatten
+from tests.generate.settings import LAYOUTS, LEARNED, MIXED, VOCAB, devices, log_softmax, parameters, plain_logits
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
@@ -83,7 +83,7 @@ def test_targets_are_judged_as_by_the_plain_module(text):
 
     def score(params, tokens, counts, cache):
         targets = np.zeros_like(tokens)
-        for i, row in enumerate(tokens):
+        for i in range(ROWS):
             at = int(np.asarray(cache.length)[i])
             targets[i, : counts[i]] = after[i][at : at + counts[i]]
         return judge(params, tokens, targets, counts, cache)

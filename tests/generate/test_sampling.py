@@ -1,4 +1,4 @@
-"""Filters of logits, one by one and together, against NumPy that follows transformers' logits processors line by line."""
+"""Filters of logits, one by one and together, against NumPy that follows transformers' processors."""
 
 import jax
 import jax.numpy as jnp
