@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     known = hardware.of_device(device)
     bandwidth = known.memory_bandwidth if known else copy_bandwidth()
     weights = bytes_of_parameters(config, options.batch_size)
-    cache = options.batch_size * bytes_of_token(config, options.prompt + options.new // 2)
+    cache = options.batch_size * bytes_of_row(config, options.prompt + options.new // 2)
     limit = (weights + cache) / bandwidth
     source = f"{known.name}'s" if known else "a copy's"
     print(
@@ -164,7 +164,7 @@ def bytes_of_parameters(config: sl.TransformerConfig, rows: int) -> int:
     return (count_parameters(config) - unread) * jnp.dtype(config.param_dtype).itemsize
 
 
-def bytes_of_token(config: sl.TransformerConfig, length: int) -> int:
+def bytes_of_row(config: sl.TransformerConfig, length: int) -> int:
     """Bytes of keys and values that a row of `length` tokens has, over all layers."""
     kept = sum(length if window is None else min(length, window) for window in config.windows)
     return 2 * kept * config.num_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
