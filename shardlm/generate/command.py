@@ -64,17 +64,15 @@ def run(options: argparse.Namespace) -> int:
         print(result, file=sys.stderr)
         return 0
     print(options.prompt[0], end="", flush=True)
-    began, first, count = time.perf_counter(), 0.0, 0
+    began, counts, times = time.perf_counter(), [], []
     for piece in generate(config, params, prompts, layout, stream=True, **settings):
-        first = first or time.perf_counter() - began
-        count += len(piece.tokens)
         print(piece.text, end="", flush=True)
-    rest = time.perf_counter() - began - first
-    print(
-        f"\n{count} tokens; the first after {first:.2f} s, compilation included, the others in {rest:.2f} s"
-        + (f" ({(count - 1) / rest:,.0f} tokens/s, compilation included)" if count > 1 and rest > 0 else ""),
-        file=sys.stderr,
-    )
+        counts.append(len(piece.tokens))
+        times.append(time.perf_counter() - began)
+    said = f"{sum(counts)} tokens; the first after {times[0]:.2f} s, compilation included"
+    if len(times) > 2:  # the second piece waits for the other program to be compiled
+        said += f"; {sum(counts[2:]) / (times[-1] - times[1]):,.0f} tokens/s from token {sum(counts[:2]) + 1} on"
+    print(f"\n{said}", file=sys.stderr)
     return 0
 
 

@@ -11,7 +11,7 @@ import shardlm as sl
 from shardlm.models.transformer import parameter_dims
 
 VOCAB = 67
-LAYOUTS = ("data=1", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4", "fsdp=8", "fsdp=4,tensor=2,zero=2")
+LAYOUTS = ("data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4", "fsdp=8", "fsdp=4,tensor=2,zero=2")
 BASE = sl.TransformerConfig(
     vocab_size=VOCAB, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=6, d_ff=24,
     norm=sl.Norm(epsilon=0.1), vocab_multiple=4, dtype="float64", param_dtype="float64",
