@@ -67,10 +67,11 @@ def generate(
             not looked at, and `sequence_parallel` is left out with a warning.
         max_new_tokens: of all requests, or of each.
         tokenizer: has `encode` (to ids, or to an object with `ids`) and `decode`; for prompts, texts and `stop`.
+            Prompts get what it puts around a text, such as the id that begins one.
         temperature: 0, the default, takes the likeliest token; otherwise logits are divided by it.
         top_k, top_p, min_p, repetition_penalty: see `Sampling`.
         seeds: of each request, from 0 to 2**32 - 1; a number s gives prompt i the seed s + i.
-        eos: one id or several that end a continuation, () for none; default those that the tokenizer names (`eos_ids`,
+        eos: one id or several that end a continuation, () for none; default those that the tokenizer names (`ends`,
             `eos_token_id` or `end`).
         stop: strings that end a continuation where its text has one; needs a tokenizer.
         logprobs: True for the log-probability of every token; a number k for the k likeliest tokens besides.

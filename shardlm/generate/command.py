@@ -94,7 +94,10 @@ def _load(options: argparse.Namespace, layout: Layout | None) -> tuple[Transform
     if (folder / "config.json").is_file():
         from shardlm.hub import load_hf  # pyright: ignore[reportMissingImports]  needs packages of an extra
 
-        return *load_hf(folder, layout, options.dtype), options.prompt
+        config, params, tokenizer = load_hf(folder, layout, options.dtype)
+        if tokenizer is None:
+            raise ValueError(f"{folder} has no tokenizer: call sl.generate in Python, with token ids")
+        return config, params, tokenizer, options.prompt
     step = _newest(folder)
     saved = read_metadata(step)
     if "config" not in saved:

@@ -1,5 +1,6 @@
 """What is to be generated, checked: prompts as token ids, how many tokens, where to stop, with which seeds."""
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,9 +35,16 @@ class Request:
         return len(self.prompt) + self.limit
 
 
-def encode(tokenizer: Any, text: str) -> np.ndarray:
-    """The ids of a text: int64[n]. A tokenizer's `encode` returns ids, or an object with `ids` as in `tokenizers`."""
-    found = tokenizer.encode(text)
+def encode(tokenizer: Any, text: str, special: bool = False) -> np.ndarray:
+    """The ids of a text: int64[n].
+
+    Args:
+        tokenizer: its `encode` returns ids, or an object with `ids` as in `tokenizers`.
+        text: what to encode.
+        special: with what the tokenizer puts around a text, where its `encode` leaves that to an argument of this name.
+    """
+    options = {"special": True} if special and "special" in inspect.signature(tokenizer.encode).parameters else {}
+    found = tokenizer.encode(text, **options)
     return np.asarray(getattr(found, "ids", found), np.int64)
 
 
@@ -80,7 +88,7 @@ def requests(
     ]
     ids: list[np.ndarray] = []
     for i, prompt in enumerate(given):
-        ids.append(encode(tokenizer, prompt) if isinstance(prompt, str) else np.asarray(prompt))
+        ids.append(encode(tokenizer, prompt, special=True) if isinstance(prompt, str) else np.asarray(prompt))
         problems += _wrong(f"prompt {i}", ids[-1], config)
     if problems:
         raise ValueError("; ".join(problems))
@@ -103,12 +111,12 @@ def end_tokens(config: TransformerConfig, eos: int | Sequence[int] | None, token
 
     Args:
         config: the model.
-        eos: one id, or several, none of them for no end; None asks the tokenizer for `eos_ids`, `eos_token_id` or
-            `end`, the first that it has.
+        eos: one id, or several, none of them for no end; None asks the tokenizer for `ends`, `eos_token_id` or `end`,
+            the first that it has.
         tokenizer: or None.
     """
     if eos is None:
-        names = ("eos_ids", "eos_token_id", "end")
+        names = ("ends", "eos_token_id", "end")
         found: Any = next((x for name in names if (x := getattr(tokenizer, name, None)) is not None), ())
     else:
         found = eos

@@ -77,7 +77,8 @@ def loglikelihood(
     Args:
         config, params, layout, tokenizer, batch_size, devices: as of `sl.generate`.
         pairs: (context, continuation), both strings or both token ids.
-        prefix: an id that stands for an empty context; default the tokenizer's `bos_token_id`, `eos_token_id` or `end`.
+        prefix: an id that stands for an empty context; default the tokenizer's `begin`, `bos_token_id`,
+            `eos_token_id` or `end`.
         max_length: the most tokens of context and continuation; default the learned positions, and no limit without.
         truncate: take tokens off a context's front where there are more, and do not raise.
         chunk: tokens of a row in one pass.
@@ -284,7 +285,7 @@ def _ids(text: Any, tokenizer: Any) -> np.ndarray:
 
 
 def _prefix(prefix: int | None, tokenizer: Any) -> int | None:
-    names = ("bos_token_id", "eos_token_id", "end")
+    names = ("begin", "bos_token_id", "eos_token_id", "end")
     found = (x for name in names if (x := getattr(tokenizer, name, None)) is not None)
     return next(found, None) if prefix is None else prefix
 
