@@ -246,12 +246,13 @@ def _searched(job: Job, options: Beam) -> Generation:
         found += part
 
     def completion(request: Request, best: Any) -> Completion:
-        text = None if job.detokenizer is None else job.detokenizer.text(best.tokens)
-        reason = "eos" if best.tokens[-1] in job.eos else "length"
-        return Completion(request.prompt, best.tokens, text, reason, score=best.score)
+        tokens = best.beams[0]
+        text = None if job.detokenizer is None else job.detokenizer.text(tokens.tolist())
+        reason = "eos" if tokens[-1] in job.eos else "length"
+        return Completion(request.prompt, tokens, text, reason, beams=best.beams, scores=best.scores)
 
     completions = tuple(completion(r, best) for r, best in zip(job.requests, found, strict=True))
-    prompts, made = sum(len(r.prompt) for r in job.requests), sum(len(best.tokens) for best in found)
+    prompts, made = sum(len(r.prompt) for r in job.requests), sum(len(best.beams[0]) for best in found)
     plan = job.model.describe(search.rows, job.max_length, job.chunk)
     return Generation(completions, time.perf_counter() - began, prompts, seconds[0], made, seconds[1], plan)
 

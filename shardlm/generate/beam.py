@@ -240,10 +240,16 @@ def searches(
 
 @dataclass(frozen=True)
 class Found:
-    """The best continuation of one prompt: int32[n], its score, and seconds spent on its batch (first, second part)."""
+    """What a search found for one prompt.
 
-    tokens: np.ndarray
-    score: float
+    Attributes:
+        beams: the finished continuations, int32[n] each, best first.
+        scores: theirs.
+        prefill_seconds, search_seconds: spent on its batch.
+    """
+
+    beams: tuple[np.ndarray, ...]
+    scores: tuple[float, ...]
     prefill_seconds: float
     search_seconds: float
 
@@ -269,10 +275,12 @@ def find(search: Search, params: Parameters, requests: Sequence[Request], eos: n
     if not np.isfinite(beams.best_scores).all() or not beams.finished[:, 0].all():
         raise ArithmeticError("the model's logits are not numbers: its parameters hold NaN or infinity")
     times = (middle - began, time.perf_counter() - middle)
-    return [
-        Found(beams.best[i, 0, : beams.lengths[i, 0]], float(beams.best_scores[i, 0]), *times)
-        for i in range(len(requests))
-    ]
+    result = []
+    for i in range(len(requests)):
+        number = int(beams.finished[i].sum())  # they come first
+        best = tuple(beams.best[i, j, : beams.lengths[i, j]] for j in range(number))
+        result.append(Found(best, tuple(beams.best_scores[i, :number].tolist()), *times))
+    return result
 
 
 def _take(x: Array, index: Array) -> Array:

@@ -19,7 +19,8 @@ class Completion:
             unless asked for.
         top_tokens, top_logprobs: int32[m, k] and float32[m, k], the k likeliest tokens at each place under the model;
             None unless asked for.
-        score: of a beam search, see there; else None.
+        beams, scores: of a beam search, all the continuations it finished, int32[n] each, and their scores, best first;
+            `tokens` is the first. Else None.
     """
 
     prompt: np.ndarray
@@ -29,7 +30,8 @@ class Completion:
     logprobs: np.ndarray | None = None
     top_tokens: np.ndarray | None = None
     top_logprobs: np.ndarray | None = None
-    score: float | None = None
+    beams: tuple[np.ndarray, ...] | None = None
+    scores: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

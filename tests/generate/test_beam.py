@@ -140,7 +140,9 @@ def test_generate_searches_on_any_layout(layout):
     )  # fmt: skip
     for made, (score, ids) in zip(found, from_lists(5), strict=True):
         assert made.tokens.tolist() == list(ids)
-        assert made.score == pytest.approx(score, rel=1e-9)
+        assert made.scores[0] == pytest.approx(score, rel=1e-9)
+        assert list(made.scores) == sorted(made.scores, reverse=True)
+        assert len(made.beams) == len(made.scores) <= 3 and made.beams[0] is made.tokens
         assert made.reason == ("eos" if ids[-1] in ENDS else "length")
     greedy = [log_softmax(plain_logits(TALKER, prompt)[-1]).argmax() for prompt in PROMPTS]
     assert [made.tokens[0] for made in found] != greedy
