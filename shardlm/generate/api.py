@@ -161,12 +161,16 @@ def prepare(
     devices: Sequence[Any] | None = None,
 ) -> Job:
     """Check everything, and put the parameters where they are needed; arguments and errors as of `generate`."""
+    if max_length is not None and (not is_int(max_length) or max_length < 1):
+        raise ValueError(f"max_length={max_length!r} is not a whole number from 1, or None")
     strings = stop_strings(stop, tokenizer)
     found = requests(config, prompts, tokenizer, max_new_tokens, seeds, max_length)
     ends = end_tokens(config, eos, tokenizer)
     model = ShardedModel.of(config, layout, devices)
     longest = max(request.length for request in found)
     length = room(longest, config.max_sequence) if max_length is None else max_length
+    if config.max_sequence is not None:
+        length = min(length, config.max_sequence)
     rows = rows_of(model.layout, len(found), batch_size)
     detokenizer = None if tokenizer is None else Detokenizer(tokenizer, ends, strings)
     return Job(model, model.place(params), found, ends, detokenizer, rows, length, min(chunk, length))

@@ -24,7 +24,7 @@ class Sampling:
         top_p: only the likeliest tokens that together have at least this probability (arXiv:1904.09751).
         min_p: only tokens at least this times as likely as the likeliest (arXiv:2407.01082).
         repetition_penalty: logits of tokens that the prompt or the continuation holds are divided by it if positive,
-            multiplied if negative (arXiv:1909.05858, section 4.1).
+            multiplied if negative (arXiv:1909.05858).
 
     Raises:
         ValueError: a setting is out of range, or has no effect.

@@ -202,6 +202,7 @@ def test_logits_that_are_not_numbers_are_an_error():
         ({"max_new_tokens": [3]}, ValueError, "max_new_tokens has 1 entries for 2 prompts"),
         ({"max_new_tokens": 60}, ValueError, "prompt 0 of 20 tokens and 60 new ones come to 80, more than the 64 of "
          "max_length: at most 44 can follow"),
+        ({"max_length": 2.5}, ValueError, "max_length=2.5 is not a whole number from 1, or None"),
         ({"seeds": -1}, ValueError, "seed -1 is not from 0 to 4294967295"),
         ({"temperature": 1.0, "top_p": 2.0}, ValueError, "top_p=2.0 is not above 0 and at most 1"),
         ({"eos": 67}, ValueError, r"eos: \[67\] are not ids of the model, which has 0 to 66"),
