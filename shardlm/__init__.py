@@ -2,6 +2,9 @@
 
 from shardlm import data, inspect
 from shardlm.checkpoint import DamagedCheckpoint, SaveError, read_metadata, restore, save
+from shardlm.generate import score
+from shardlm.generate.api import generate
+from shardlm.generate.result import Completion, Generation, Piece
 from shardlm.hub import load_hf, save_hf
 from shardlm.inspect import Report
 from shardlm.layout import Axis, Layout, LayoutError, Pipeline
@@ -33,6 +36,8 @@ __all__ = [
     "Axis",
     "CheckpointWarning",
     "DamagedCheckpoint",
+    "Completion",
+    "Generation",
     "Layout",
     "LayoutError",
     "LearnedPositions",
@@ -40,6 +45,7 @@ __all__ = [
     "Llama3Scaling",
     "NonFiniteLoss",
     "Norm",
+    "Piece",
     "Pipeline",
     "Report",
     "ReplicatedParameterWarning",
@@ -54,6 +60,7 @@ __all__ = [
     "adamw",
     "data",
     "fake_devices",
+    "generate",
     "inspect",
     "load_hf",
     "match_rules",
@@ -63,5 +70,6 @@ __all__ = [
     "sample",
     "save",
     "save_hf",
+    "score",
     "verify",
 ]

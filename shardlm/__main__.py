@@ -1,4 +1,4 @@
-"""The command line: `python -m shardlm train`, `explain`, `verify`, `convert` and `checkpoints`."""
+"""The command line: `python -m shardlm train`, `explain`, `verify`, `generate`, `convert` and `checkpoints`."""
 
 import argparse
 import dataclasses
@@ -13,6 +13,7 @@ import numpy as np
 import shardlm as sl
 from shardlm.checkpoint import command as checkpoints
 from shardlm.data import Batches, Epoch
+from shardlm.generate import command as generation
 from shardlm.hub import convert
 from shardlm.inspect import topologies
 
@@ -307,6 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     convert.add_command(commands)
     checkpoints.add(commands)
+    generation.add(commands, _Help)
     return parser
 
 

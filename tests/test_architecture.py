@@ -31,6 +31,7 @@ ORDER = (
     ("data", "checkpoint", "inspect"),  # inspect looks at programs; Trainer.explain hands it the step
     ("train",),
     ("runtime", "verification", "hub"),
+    ("generate",),
     ("bench",),
     ("__main__",),
 )

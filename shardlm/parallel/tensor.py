@@ -142,6 +142,15 @@ def cross_entropy(logits: Array, targets: Array, axes: tuple[Axis, ...] = VOCABU
     return jnp.log(total) - collectives.all_reduce(jnp.where(held, at_target, 0), axes)
 
 
+def likeliest(logits: Array) -> Array:
+    """The id of the largest of logits[b, s, v_T] whose vocabulary is split, the lowest of several: int32[b, s]."""
+    peak = logits.max(axis=-1)
+    ids = vocabulary_ids(logits.shape[-1])[logits.argmax(axis=-1)]
+    top = collectives.all_reduce_max(peak, VOCABULARY)
+    # The lowest id is the largest of the negative ones.
+    return -collectives.all_reduce_max(jnp.where(peak == top, -ids, jnp.iinfo(ids.dtype).min), VOCABULARY)
+
+
 def in_branch(dims: Sequence[str | None]) -> bool:
     """Whether a parameter with these dims is used between `enter` and `leave`, where devices differ."""
     return any(dim in ("vocab", "head", "kv_head", "head_dim", "mlp") for dim in dims)

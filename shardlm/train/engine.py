@@ -182,6 +182,12 @@ def forward(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, Array], 
     return function
 
 
+def held(plan: Plan, stored: Parameters) -> tuple[Transformer, Execution]:
+    """Within a `shard_map` over `plan.mesh`: the model with the parameters that a device holds, and how to run it."""
+    ready, begun = _prepare(plan, flatten(stored))
+    return ready(begun)
+
+
 def gather_updated(plan: Plan, shards: Parameters) -> Parameters:
     """Updated parameters as they are stored, from updated shards: ZeRO-1 and 2 gather them."""
     flat = flatten(shards)

@@ -6,7 +6,7 @@ import functools
 import pytest
 
 import shardlm as sl
-from shardlm.bench import pipeline, step
+from shardlm.bench import generate, pipeline, step
 from shardlm.bench.__main__ import main, parser
 from shardlm.bench.timing import Sample, interleaved
 from shardlm.parallel.pipeline import make_table, synchronous
@@ -36,6 +36,28 @@ def test_step_refuses_a_model_that_the_reference_is_not(capsys):
     assert all(
         name in error for name in ("attention=", "mlp=", "norm=", "embedding_scale=", "tied=", "logit_soft_cap=")
     )
+
+
+def test_generate(capsys, monkeypatch):
+    monkeypatch.setattr(generate, "_COPIED", 1 << 12)
+    # The model given here is the one whose dispatch is timed: compile it once.
+    monkeypatch.setattr(generate, "Bench", functools.cache(generate.Bench))
+    shape = "--batch-size 1 --prompt 120 --new 8 --chunk 8"
+    assert run(f"generate --layers 1 {TINY} {shape} --repeats 2 --calls 2") == 0
+    assert generate.Bench.cache_info().misses == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-5:-1]] == ["prefill", "decode", "limit", "dispatch"]
+
+
+def test_the_bytes_of_a_step_of_generation():
+    config = sl.TransformerConfig(
+        vocab_size=32, num_layers=2, d_model=8, num_heads=2, num_kv_heads=1, d_ff=16, param_dtype="bfloat16",
+        attention=sl.Attention(windows=(5, None)),
+    )  # fmt: skip
+    # Queries and output 8 x 8, keys and values 8 x 4, MLP 3 x 8 x 16, norms; the head, and the rows of the embedding.
+    layer = 2 * 64 + 2 * 32 + 3 * 128 + 2 * 8
+    assert generate.bytes_of_parameters(config, 3) == 2 * (2 * layer + 8 + 32 * 8 + 3 * 8)
+    assert generate.bytes_of_row(config, 9) == (5 + 9) * 2 * 4 * 4
 
 
 def test_the_defaults_follow_the_device():
