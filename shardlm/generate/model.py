@@ -106,7 +106,10 @@ class ShardedModel:
         for path in expected.keys() & given.keys():
             problems += self._problems(path, given[path], expected[path])
         if problems:
-            raise ValueError(f"these parameters are not those of the configuration: {'; '.join(sorted(problems))}")
+            raise ValueError(
+                f"these parameters are not those of the configuration: {'; '.join(sorted(problems))}. Of a pipeline "
+                "with chunks or uneven stages give trainer.in_order(state).params"
+            )
         return unflatten({path: self._placed(path, given[path], expected[path].shape) for path in expected})
 
     def empty_cache(self, rows: int, max_length: int, added: int) -> Cache:

@@ -14,7 +14,6 @@ from shardlm.hub.files import Tensors, folder_of, read_config
 from shardlm.hub.match import Names, match, one_dtype
 from shardlm.hub.progress import Progress
 from shardlm.hub.registry import family_of_file
-from shardlm.hub.stages import require_order
 from shardlm.hub.table import Placed, place
 from shardlm.hub.tokenizer import HubTokenizer, read_tokenizer
 from shardlm.layout import Layout
@@ -70,7 +69,6 @@ def load_hf(
     if devices is None:
         devices = jax.devices()[:1] if layout is None else jax.devices()
     layout = (layout or Layout()).resolve(count_devices(devices))
-    require_order(layout.pipe)
     with Tensors(path) as files:
         names = match(config, family, files, str(path))
         stored = str(one_dtype(files, names, str(path))) if dtype is None else dtype
@@ -79,9 +77,9 @@ def load_hf(
         require_devices(plan.mesh)
         shapes = flatten(plan.shapes)
         # Once more, with the padding of the vocabulary that this layout needs.
-        parameters = {name: (leaf.shape, plan.splits[name].dims) for name, leaf in shapes.items()}
+        parameters = {name: (split.shape, split.dims) for name, split in plan.in_order.items()}
         names = dataclasses.replace(names, placed=place(family.rows, parameters, config.vocab_size))
-        params = _read(path, files, names, shapes, flatten(plan.shardings("stored")), verbose)
+        params = _read(path, files, names, shapes, flatten(plan.shardings("stored")), plan.stages.rows, verbose)
     return plan.config, params, read_tokenizer(path, values)
 
 
@@ -91,6 +89,7 @@ def _read(
     names: Names,
     shapes: dict[str, jax.ShapeDtypeStruct],
     shardings: dict[str, NamedSharding],
+    rows: np.ndarray,
     verbose: bool,
 ) -> Parameters:
     params = {}
@@ -107,7 +106,7 @@ def _read(
                 indices[key] = index or ()
             arrays = []
             for key, held_by in holders.items():
-                part = _part(files, names, name, leaf, indices[key])
+                part = _part(files, names, name, leaf, indices[key], rows)
                 # A copy, as a step writes its result in the place of its parameters.
                 arrays += [jax.device_put(part, device, may_alias=False) for device in held_by]
                 jax.block_until_ready(arrays)
@@ -116,18 +115,20 @@ def _read(
     return unflatten(params)
 
 
-def _part(files: Tensors, names: Names, name: str, leaf: jax.ShapeDtypeStruct, index: Index) -> np.ndarray:
-    """Part of a parameter, from the tensors of its layers."""
+def _part(
+    files: Tensors, names: Names, name: str, leaf: jax.ShapeDtypeStruct, index: Index, rows: np.ndarray
+) -> np.ndarray:
+    """Part of a parameter, from the tensors of its layers; `rows` as of `pipeline.stages`, which layer each is."""
     where = names.placed[name]
     if not where.row.stacked:
         return _layer(files, names.found[where.row.name], where, index, leaf.dtype)
-    layers = range(*index[0].indices(leaf.shape[0]))
-    parts = (_layer(files, names.found[where.row.name.format(layer=n)], where, index[1:], leaf.dtype) for n in layers)
-    first = next(parts)
-    result = np.empty((len(layers), *first.shape), leaf.dtype)
-    result[0] = first
-    for number, part in enumerate(parts, 1):
-        result[number] = part
+    layers, inner = rows[index[: rows.ndim]], index[rows.ndim :]
+    lengths = (len(range(*part.indices(n))) for part, n in zip(inner, leaf.shape[rows.ndim :], strict=True))
+    result = np.zeros((*layers.shape, *lengths), leaf.dtype)
+    for at, layer in np.ndenumerate(layers):
+        if layer >= 0:  # else padding of a stage that has fewer layers than another
+            tensor = names.found[where.row.name.format(layer=layer)]
+            result[at] = _layer(files, tensor, where, inner, leaf.dtype)
     return result
 
 

@@ -15,7 +15,6 @@ from shardlm.hub.fields import HARMLESS, raise_problems
 from shardlm.hub.files import DTYPES
 from shardlm.hub.match import expected
 from shardlm.hub.registry import family_of_config
-from shardlm.hub.stages import require_order
 from shardlm.hub.table import Placed, Tensor
 from shardlm.hub.tokenizer import token_ids, tokenizer_files
 from shardlm.hub.write import Output, check_target, parse_size, write_folder
@@ -111,10 +110,17 @@ def _check_params(config: TransformerConfig, params: Mapping[str, Any]) -> None:
     if len(dtypes) > 1 or not set(dtypes) <= legal:
         told = ", ".join(f"{len(paths)} of {dtype} such as {paths[0]}" for dtype, paths in dtypes.items())
         problems.append(f"the parameters are {told}; they must be of one dtype of {', '.join(sorted(legal))}")
+    if problems and any(_is_on_stages(leaf) for leaf in given.values()):
+        problems.append("of a pipeline with chunks or uneven stages give trainer.in_order(state).params")
     raise_problems("these are not the parameters of this configuration", problems)
-    for leaf in given.values():
-        if isinstance(leaf, Array) and isinstance(leaf.sharding, NamedSharding):
-            require_order(leaf.sharding.mesh.shape.get(str(Axis.PIPE), 1))
+
+
+def _is_on_stages(leaf: Any) -> bool:
+    return (
+        isinstance(leaf, Array)
+        and isinstance(leaf.sharding, NamedSharding)
+        and leaf.sharding.mesh.shape.get(str(Axis.PIPE), 1) > 1
+    )
 
 
 def _maker(tensor: Tensor, params: Mapping[str, Any]) -> Callable[[], np.ndarray]:

@@ -113,7 +113,7 @@ def embed(table: Array, ids: Array, axes: tuple[Axis, ...] = VOCABULARY) -> Arra
     return jnp.where(held[..., None], rows, 0)
 
 
-def vocabulary_ids(held: int, axes: tuple[Axis, ...]) -> Array:
+def vocabulary_ids(held: int, axes: tuple[Axis, ...] = VOCABULARY) -> Array:
     """The token ids of the `held` logits that this device computes: int32[held]."""
     return collectives.index(axes) * held + jnp.arange(held)
 

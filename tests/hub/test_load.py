@@ -34,8 +34,13 @@ def rewrite(folder: Path, change) -> Path:
     return folder
 
 
+PIPED = "pipe=2,fsdp=2,pipeline=interleaved:2:2"
+
+
 # GPT-2 has fused tensors, Qwen 2 biases and a head of its own.
-@pytest.mark.parametrize("layout", ["data=2,fsdp=2,tensor=2", "tensor=4", "fsdp=8", "fsdp=4,zero=1", "fsdp=3,tensor=2"])
+@pytest.mark.parametrize(
+    "layout", ["data=2,fsdp=2,tensor=2", "tensor=4", "fsdp=8", "fsdp=4,zero=1", "fsdp=3,tensor=2", PIPED]
+)
 @pytest.mark.parametrize("name", ["gpt2", "qwen2_windows"])
 def test_each_device_holds_the_part_that_the_plan_gives_it(name, layout):
     layout = sl.Layout.parse(layout)
@@ -48,8 +53,11 @@ def test_each_device_holds_the_part_that_the_plan_gives_it(name, layout):
     assert {path: (x.shape, x.dtype, x.sharding) for path, x in flatten(params).items()} == {
         path: (x.shape, x.dtype, x.sharding) for path, x in expected.items()
     }
+    ordered = flatten(trainer.in_order(params))
     for path, leaf in flatten(whole).items():
-        np.testing.assert_array_equal(np.asarray(flatten(params)[path]), np.asarray(leaf), err_msg=path)
+        found = np.asarray(ordered[path])
+        real = min(len(found), len(leaf)) if path.endswith("/table") else None  # a vocabulary's padding may differ
+        np.testing.assert_array_equal(found[:real], np.asarray(leaf)[:real], err_msg=path)
 
 
 def test_padding_of_the_vocabulary_grows_with_the_layout_and_is_zero():
@@ -213,11 +221,6 @@ def test_dtypes_that_cannot_be_kept_are_refused(tmp_path):
         load(DATA / "llama3", dtype="int8")
     with pytest.raises(ValueError, match=r"JAX computes in float64 only after"):
         load(DATA / "llama3", dtype="float64")
-
-
-def test_stages_of_a_pipeline_are_refused_for_now():
-    with pytest.raises(ValueError, match=r"pipe=3: Hugging Face folders are read and written on layouts without pipe"):
-        load(DATA / "llama3", sl.Layout(pipe=3), devices=jax.devices()[:3])
 
 
 def test_no_more_is_read_than_the_parts_that_devices_hold(monkeypatch):

@@ -216,15 +216,20 @@ def test_a_kill_at_the_last_moment_leaves_no_folder_of_that_name(tmp_path):
     assert os.listdir(tmp_path) == ["a.new"]
 
 
-def test_stages_of_a_pipeline_are_refused_for_now(tmp_path):
+def test_parameters_of_a_pipeline_are_written_in_the_models_order(tmp_path):
     config, params, _ = load(DATA / "llama3")
-    layout = sl.Layout(pipe=3)
-    staged = jax.device_put(
-        params["layers"]["mlp"]["up"]["kernel"], jax.NamedSharding(layout.mesh(jax.devices()[:3]), jax.P("pipe"))
-    )
-    params["layers"]["mlp"]["up"]["kernel"] = staged
-    with pytest.raises(ValueError, match=r"pipe=3: Hugging Face folders are read and written on layouts without"):
-        sl.save_hf(tmp_path / "a", config, params)
+    layers = tuple([0, config.num_layers])
+    layout = sl.Layout(pipe=2, pipeline=sl.Pipeline(layers=layers))
+    _, piped, _ = load(DATA / "llama3", layout, devices=jax.devices()[:2])
+    with pytest.raises(ValueError, match=r"of a pipeline with chunks or uneven stages give trainer.in_order"):
+        sl.save_hf(tmp_path / "a", config, piped, verbose=False)
+    trainer = sl.Trainer(config, layout, devices=jax.devices()[:2])
+    sl.save_hf(tmp_path / "a", config, trainer.in_order(piped), verbose=False)
+    sl.save_hf(tmp_path / "b", config, params, verbose=False)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert a.keys() == b.keys()
+    for name, value in b.items():
+        np.testing.assert_array_equal(a[name], value, err_msg=name)
 
 
 def test_importing_shardlm_imports_no_package_of_an_extra():
