@@ -75,7 +75,8 @@ def sum_embedding(x: Array, split: bool, axes: tuple[Axis, ...]) -> Array:
 
 def enter_head(x: Array, axes: tuple[Axis, ...]) -> Array:
     """`enter`, for a product with columns that are split over `axes`."""
-    return collectives.vary(enter(x), axes)
+    # The other axes first: where the stream is split, their gradient is summed after it is scattered over tensor.
+    return collectives.vary(enter(collectives.vary(x, tuple(a for a in axes if a != Axis.TENSOR))), axes)
 
 
 def split_sequence(x: Array) -> Array:
