@@ -126,7 +126,10 @@ def test_a_report_knows_stored_residuals():
     assert found["again"].flops.recomputed > 0 and found["stored"].flops.recomputed == 0
     assert found["split"].flops.total < found["stored"].flops.total < found["again"].flops.total
     assert found["again"].memory.peak < found["stored"].memory.peak < found["split"].memory.peak
-    assert any("7 stash, 4 weight" in note for note in found["split"].notes)
+    assert "room for 7 microbatches' residuals, as" in str(found["stored"])
+    times, whole = found["split"].pipeline.times, found["stored"].pipeline.times
+    assert times["input_gradient"] + times["weight_gradient"] == whole["backward"] == 2 * whole["forward"]
+    assert times["weight_gradient"] == WEIGHTS and times["head"] == whole["head"]
     assert set(found["stored"].remat) == {"none", "dots", "full"} and set(found["split"].remat) == {"none"}
 
 
