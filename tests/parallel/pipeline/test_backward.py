@@ -67,7 +67,8 @@ def test_stored_residuals_leave_nothing_to_be_made_again():
         assert found.forward == ticks * forward + 8 * HEAD
         assert found.backward == 2 * found.forward
     assert stored.recomputed == 0
-    assert again.recomputed > full.recomputed > 0.8 * ticks * forward
+    # The last product of a stage's only layer is in no gradient.
+    assert again.recomputed == full.recomputed == ticks * (forward - 2 * TOKENS * 64 * 128)
 
 
 def test_split_backward_makes_exactly_the_products_of_a_whole_one():
@@ -118,14 +119,13 @@ def split_at_once(stages, microbatches, chunks):
 def test_a_report_knows_stored_residuals():
     found = {}
     for name, pipeline in {
-        "again": sl.Pipeline(),
         "stored": sl.Pipeline(recompute=False),
         "split": sl.Pipeline(schedule="zb-h1", recompute=False),
     }.items():
         found[name] = trainer(pipeline).explain(batch_size=16, sequence=SEQUENCE, compile=False)
-    assert found["again"].flops.recomputed > 0 and found["stored"].flops.recomputed == 0
-    assert found["split"].flops.total < found["stored"].flops.total < found["again"].flops.total
-    assert found["again"].memory.peak < found["stored"].memory.peak < found["split"].memory.peak
+    assert found["stored"].flops.recomputed == found["split"].flops.recomputed == 0
+    assert found["split"].flops.total < found["stored"].flops.total
+    assert found["stored"].memory.peak < found["split"].memory.peak
     assert "room for 7 microbatches' residuals, as" in str(found["stored"])
     times, whole = found["split"].pipeline.times, found["stored"].pipeline.times
     assert times["input_gradient"] + times["weight_gradient"] == whole["backward"] == 2 * whole["forward"]
