@@ -153,7 +153,8 @@ def of(program: Program, textbook: Iterable[Any]) -> PipelineCost | None:
     cost, stages = times(program, table), Stages.of(layout, program.config.num_layers)
     ticks = synchronous(table, Times(**cost))
     real = [(chunks >= 0).mean() for chunks in stages.of_stage()]
-    own = Times(**{name: time if name == "head" else [time * part for part in real] for name, time in cost.items()})
+    each: dict[str, Any] = {name: [time * part for part in real] for name, time in cost.items() if name != "head"}
+    own = Times(**each, head=cost["head"])
     alone = asynchronous(orders(layout.pipeline.schedule, table.stages, table.microbatches, table.chunks), own)
     tokens = program.batch_size // layout.batch_shards // table.microbatches * program.sequence
     parts = layout.tensor if layout.sequence_parallel else 1
