@@ -129,13 +129,13 @@ def used(program: Program) -> Callable[[Place], float]:
 
 def times(program: Program, table: Table) -> dict[str, float]:
     """FLOPs of a traced step as `Times` of the simulation; padding of a stage runs like layers."""
-    sums = dict.fromkeys((*_LAYERS, "head"), 0.0)
+    sums: dict[str, float] = dict.fromkeys((*_LAYERS, "head"), 0.0)
     for equation, place in equations(program.jaxpr):
         if place.taken is not None:
             sums[place.purpose if place.purpose in _LAYERS else "head"] += of_equation(equation) * place.times
     names = {"has_forward": "forward", "has_backward": "input_gradient" if table.split else "backward"}
     names |= {"has_weight": "weight_gradient"} if table.split else {}
-    cost = {name: sums[kind] / int(getattr(table, kind).sum()) for kind, name in names.items()}
+    cost: dict[str, float] = {name: sums[kind] / int(getattr(table, kind).sum()) for kind, name in names.items()}
     return cost | {"head": sums["head"] / table.microbatches * table.stages}
 
 
