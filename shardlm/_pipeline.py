@@ -7,7 +7,11 @@ from typing import Any, Self
 from shardlm._errors import LayoutError, is_int, raise_all
 
 NAMES = ("1f1b", "gpipe", "interleaved", "zb-h1")
-_WORDS = {"ends": ("vocabulary", "ends"), "stored": ("recompute", False)}  # what a text may end in
+_WORDS = {
+    "ends": ("vocabulary", "ends"),
+    "stored": ("recompute", False),
+    "use": ("gather", "use"),
+}  # what a text may end in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,10 @@ class Pipeline:
         recompute: a stage keeps its input for each microbatch under way, and backward makes its forward again. If
             False it keeps what its layers keep, which the layout's `remat` says: with "none" everything that depends on
             the input, so nothing is made again; with "full" each layer's input, so each layer is.
+        gather: with zero 2 and 3, where the layers' matrices are gathered and their gradients reduce-scattered. "step":
+            once, before the first tick and after the last. "use": in each layer of each tick, so that whole matrices
+            or gradients of one layer are alive at a time, for as many times the traffic as there are ticks; a forward
+            that is made again gathers again.
 
     Raises:
         LayoutError: a setting out of range, or settings that contradict each other.
@@ -42,6 +50,7 @@ class Pipeline:
     layers: Sequence[int] | None = None
     vocabulary: str = "split"
     recompute: bool = True
+    gather: str = "step"
 
     def __post_init__(self):
         problems = []
@@ -64,6 +73,13 @@ class Pipeline:
             )
         if self.vocabulary not in ("split", "ends"):
             problems.append(f"vocabulary={self.vocabulary!r} is not one of 'split', 'ends'")
+        if self.gather not in ("step", "use"):
+            problems.append(f"gather={self.gather!r} is not one of 'step', 'use'")
+        elif self.gather == "use" and self.schedule == "zb-h1":
+            problems.append(
+                "gather='use' with schedule 'zb-h1': each half of a split backward would gather the weights, and the "
+                "split does not look inside layers that do; set gather='step', or take '1f1b'"
+            )
         problems += self._listed_problems()
         raise_all("this pipeline cannot be", problems)
         if self.layers is not None:
@@ -98,8 +114,8 @@ class Pipeline:
     def parse(cls, text: str) -> Self:
         """The pipeline that a text describes: "schedule:microbatches:chunks:layers", as "1f1b:8" or "1f1b:8:1:3+4+4+3".
 
-        What follows the schedule may be left out from the right. A last ":ends" is `vocabulary="ends"`, a last
-        ":stored" `recompute=False`.
+        What follows the schedule may be left out from the right. At the end, ":ends" is `vocabulary="ends"`, ":stored"
+        `recompute=False` and ":use" `gather="use"`.
         """
         schedule, *rest = text.split(":")
         settings: dict[str, Any] = {}
@@ -112,7 +128,7 @@ class Pipeline:
             raise LayoutError(
                 f"pipeline={text!r}: after the schedule go the numbers of microbatches, of chunks, and of layers of "
                 "each piece, separated by colons, as in 1f1b:8, interleaved:8:2 or 1f1b:8:1:3+4+4+3; "
-                "a last :ends is vocabulary='ends', a last :stored recompute=False"
+                "a last :ends is vocabulary='ends', :stored recompute=False, :use gather='use'"
             )
         settings |= dict(zip(("microbatches", "chunks"), map(int, rest[:2]), strict=False))
         if len(rest) == 3:

@@ -219,6 +219,11 @@ class Layout:
         if isinstance(self.pipeline, Pipeline) and self.pipe > 1:
             if self.pipeline.schedule == "interleaved":
                 problems += filter(None, [_divides("microbatches", self.pipeline.microbatches, Axis.PIPE, self.pipe)])
+            if self.pipeline.gather == "use" and (self.fsdp == 1 or self.zero == 1):
+                problems.append(
+                    f"gather='use' has no effect with fsdp={self.fsdp} and zero={self.zero}: it is about parameters or "
+                    "gradients that are split over fsdp; set fsdp to 2 or more and zero to 2 or 3, or leave it out"
+                )
             if self.pipeline.schedule == "zb-h1" and self.remat != "none":
                 problems.append(
                     f"remat={self.remat!r} with schedule 'zb-h1', whose split backward makes nothing again: "

@@ -23,6 +23,8 @@ from shardlm.parallel.pipeline.stages import Stages
 from shardlm.parallel.pipeline.table import Table
 from shardlm.parallel.pipeline.ticks import make_table
 
+_LAYERS = ("has_forward", "has_backward", "has_weight")  # purposes of branches that run a stage's layers
+
 
 @dataclass(frozen=True)
 class PipelineCost:
@@ -39,8 +41,9 @@ class PipelineCost:
         stashed: the most inputs that each stage keeps for its backwards at a time.
         stashed_alone: the same if each stage ran on its own; min(p - s, m) on stage s of 1F1B.
         slots: of every device's stash, as all run one program.
-        input_bytes: of one stashed input.
-        times: FLOPs of a stage's forward and backward of one microbatch, and of the head, by all stages together.
+        input_bytes: of one stashed input; None where stages keep residuals.
+        times: FLOPs of a stage's forward and backward of one microbatch, or of the backward's two halves, and of the
+            head, by all stages together.
         sent: bytes that one device sends over `pipe` in a step, by purpose.
         advice: what would make the bubble smaller.
     """
@@ -58,7 +61,7 @@ class PipelineCost:
     stashed: tuple[int, ...]
     stashed_alone: tuple[int, ...]
     slots: int
-    input_bytes: int
+    input_bytes: int | None
     times: Mapping[str, float]
     sent: Mapping[str, float]
     advice: tuple[str, ...] = ()
@@ -71,17 +74,21 @@ class PipelineCost:
             return ", ".join(shown)
 
         def held(counts: tuple[int, ...]) -> str:
-            return " to ".join(dict.fromkeys(size(function(counts) * self.input_bytes) for function in (max, min)))
+            each = self.input_bytes or 0
+            return " to ".join(dict.fromkeys(size(function(counts) * each) for function in (max, min)))
 
+        what, wide = "microbatches' residuals", ""
+        if self.input_bytes:
+            what, wide = "inputs", f" of {size(self.input_bytes)}"
         rows = (
             ("bubble, of the ideal time", percent(self.bubble), percent(self.bubble_alone)),
-            ("inputs stashed, by stage", stages(self.stashed), stages(self.stashed_alone)),
-            ("bytes of them", held(self.stashed), held(self.stashed_alone)),
+            (f"{what} stashed, by stage", stages(self.stashed), stages(self.stashed_alone)),
+            *([("bytes of them", held(self.stashed), held(self.stashed_alone))] if self.input_bytes else []),
         )
         each = self.microbatches * self.chunks
         padded = f" and in {self.padding} rows of padding" if self.padding else ""
         notes = (
-            f"every device has room for {self.slots} inputs of {size(self.input_bytes)}, as all run one program",
+            f"every device has room for {self.slots} {what}{wide}, as all run one program",
             f"a stage has a forward in {each} of the {self.forward_ticks} ticks that have any, a backward in {each} of "
             f"{self.backward_ticks}; in the others{padded} it computes on masked arrays, {flop(masked)}: "
             "no model FLOPs, but time and communication",
@@ -115,28 +122,21 @@ def used(program: Program) -> Callable[[Place], float]:
     operations, real = table.microbatches * table.chunks, sum(stages.counts) / stages.rows.size
 
     def part(place: Place) -> float:
-        return operations / place.taken * real if place.taken is not None and _in_layers(place, table) else 1.0
+        return operations / place.taken * real if place.taken is not None and place.purpose in _LAYERS else 1.0
 
     return part
 
 
-def _in_layers(place: Place, table: Table) -> bool:
-    # Embedding and head take m ticks. Layers take more, as the last stage has all m after the first had one.
-    return place.taken is not None and place.taken > table.microbatches
-
-
 def times(program: Program, table: Table) -> dict[str, float]:
     """FLOPs of a traced step as `Times` of the simulation; padding of a stage runs like layers."""
-    sums = {"forward": 0.0, "backward": 0.0, "head": 0.0}
+    sums: dict[str, float] = dict.fromkeys((*_LAYERS, "head"), 0.0)
     for equation, place in equations(program.jaxpr):
         if place.taken is not None:
-            name = "head" if not _in_layers(place, table) else "forward" if place.phase == "forward" else "backward"
-            sums[name] += of_equation(equation) * place.times
-    return {
-        "forward": sums["forward"] / int(table.has_forward.sum()),
-        "backward": sums["backward"] / int(table.has_backward.sum()),
-        "head": sums["head"] / table.microbatches * table.stages,
-    }
+            sums[place.purpose if place.purpose in _LAYERS else "head"] += of_equation(equation) * place.times
+    names = {"has_forward": "forward", "has_backward": "input_gradient" if table.split else "backward"}
+    names |= {"has_weight": "weight_gradient"} if table.split else {}
+    cost: dict[str, float] = {name: sums[kind] / int(getattr(table, kind).sum()) for kind, name in names.items()}
+    return cost | {"head": sums["head"] / table.microbatches * table.stages}
 
 
 def of(program: Program, textbook: Iterable[Any]) -> PipelineCost | None:
@@ -153,11 +153,8 @@ def of(program: Program, textbook: Iterable[Any]) -> PipelineCost | None:
     cost, stages = times(program, table), Stages.of(layout, program.config.num_layers)
     ticks = synchronous(table, Times(**cost))
     real = [(chunks >= 0).mean() for chunks in stages.of_stage()]
-    own = Times(
-        forward=[cost["forward"] * part for part in real],
-        backward=[cost["backward"] * part for part in real],
-        head=cost["head"],
-    )
+    each: dict[str, Any] = {name: [time * part for part in real] for name, time in cost.items() if name != "head"}
+    own = Times(**each, head=cost["head"])
     alone = asynchronous(orders(layout.pipeline.schedule, table.stages, table.microbatches, table.chunks), own)
     tokens = program.batch_size // layout.batch_shards // table.microbatches * program.sequence
     parts = layout.tensor if layout.sequence_parallel else 1
@@ -179,7 +176,9 @@ def of(program: Program, textbook: Iterable[Any]) -> PipelineCost | None:
         stashed=ticks.peak_activations,
         stashed_alone=alone.peak_activations,
         slots=table.stash_slots,
-        input_bytes=tokens // parts * program.config.d_model * jnp.dtype(program.config.dtype).itemsize,
+        input_bytes=tokens // parts * program.config.d_model * jnp.dtype(program.config.dtype).itemsize
+        if layout.pipeline.recompute
+        else None,
         times=cost,
         sent=sent,
     )

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 # A branch of a conditional may say in how many of the loop's iterations it is taken, by
-# `jax.named_scope("taken_6_of_9")`.
-TAKEN = re.compile(r"taken_(\d+)_of_(\d+)")
+# `jax.named_scope("taken_6_of_9")`, and what for, as in "taken_6_of_9_for_has_forward".
+TAKEN = re.compile(r"taken_(\d+)_of_(\d+)(?:_for_(\w+))?")
 PHASES = ("forward", "backward", "update")
 _CALLS = {
     "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_vjp_call", "custom_jvp_call",
@@ -32,6 +32,7 @@ class Place:
         phase: "forward", "backward" or "update".
         recomputed: whether it makes again, in backward, what was made in forward.
         taken: how often the branch around it is taken, where it says so; None elsewhere.
+        purpose: what for, where that branch says so.
         endless: whether it is inside a `while` loop, whose length no trace knows; `times` counts it once.
         mesh: the mesh of the fully manual region around it, in which shapes are per device; None outside.
         source: "file.py:12" of the line that asked for it, the nearest one outside JAX.
@@ -42,6 +43,7 @@ class Place:
     phase: str = "forward"
     recomputed: bool = False
     taken: int | None = None
+    purpose: str | None = None
     endless: bool = False
     mesh: Any = None
     source: str = "?"
@@ -132,13 +134,21 @@ def at(equation: Any, place: Place) -> Place:
     if "transpose(" in stack:
         phase = "backward"
     recomputed = place.recomputed or "rematted_computation" in stack
-    times, branch, taken = place.times, place.branch, place.taken
+    times, branch, taken, purpose = place.times, place.branch, place.taken, place.purpose
     if branch and (match := TAKEN.search(stack)):
         times, branch, taken = times * int(match[1]) // int(match[2]), branch[:-1], int(match[1])
+        purpose = match[3]
     line, helper = _source(equation)
     source = line or (place.source if place.source != "?" else helper or "?")
     return dataclasses.replace(
-        place, times=times, branch=branch, phase=phase, recomputed=recomputed, taken=taken, source=source
+        place,
+        times=times,
+        branch=branch,
+        phase=phase,
+        recomputed=recomputed,
+        taken=taken,
+        purpose=purpose,
+        source=source,
     )
 
 

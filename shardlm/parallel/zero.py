@@ -12,7 +12,8 @@ every level needs in the end is the gradient that belongs to its part of the opt
   the tables where they are looked up. Autodiff sees one function whose forward is "the whole weight" and whose backward
   is the reduction above. At levels 1 and 2 the whole weight is there already, so the function takes it beside a
   placeholder of the shard's shape, which exists only to receive the gradient.
-- otherwise once per step, after accumulation: vectors, and every weight that is to be summed once.
+- otherwise once per step, after accumulation: vectors, and every weight that is to be summed once. In a pipeline that
+  is every weight, unless it is told to gather the layers' matrices where they are used, in every tick.
 
 All functions here run inside a fully manual `shard_map`; shapes are per device. Parameters and gradients go by their
 path.
@@ -83,8 +84,10 @@ def plan(split: Split, layout: Layout, dtype: str) -> Plan:
     dtype_moved = dtype if split.path.endswith("/kernel") else None
     at_once = layout.gradient_reduction == "step"
     gathers = bool(split.zero_axes) and (layout.zero == 3 or (layout.zero == 2 and at_once))
-    # In a pipeline everything is gathered before the first tick, and summed after the last.
-    per_use = matrix and bool(axes) and (gathers or not at_once) and layout.pipe == 1
+    per_use = matrix and bool(axes) and (gathers or not at_once)
+    if layout.pipeline is not None:
+        # Everything is gathered before the first tick, and summed after the last, or the layers' matrices are not.
+        per_use = per_use and layout.pipeline.gather == "use" and split.stacked > 0
     result = Plan(split, axes, per_use, (), dtype_moved)
     return dataclasses.replace(result, late=result.summed) if per_use and at_once else result
 

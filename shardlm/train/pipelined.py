@@ -1,5 +1,6 @@
 """Our Transformer over the stages of a pipeline: what `engine` does without one."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -51,11 +52,12 @@ def accumulate(
     assert pipeline is not None
     model = _model(config, layout, stages, ready, parameters, batch, key, pipeline.microbatches, None)
     table = make_table(pipeline.schedule, layout.pipe, pipeline.microbatches, pipeline.chunks)
-    if table.split and (pipeline.recompute or layout.remat != "none"):  # a user's schedule; ours is checked before
+    # A user's schedule; of ours it is known before.
+    if table.split and (pipeline.recompute or layout.remat != "none" or pipeline.gather == "use"):
         raise LayoutError(
-            f"schedule {pipeline} splits backwards (I and W) with recompute={pipeline.recompute} and "
-            f"remat={layout.remat!r}, but each half would make the forward again: set recompute=False and "
-            "remat='none', or schedule whole backwards (B)"
+            f"schedule {pipeline} splits backwards (I and W) with recompute={pipeline.recompute}, "
+            f"remat={layout.remat!r} and gather={pipeline.gather!r}, but each half would make the forward again: set "
+            "recompute=False, remat='none' and gather='step', or schedule whole backwards (B)"
         )
     axes = (*_BATCH_AXES, *((Axis.PIPE,) if model.ends else ()))
     start = collectives.mark_varying(jnp.zeros((), jnp.promote_types(config.dtype, jnp.float32)), axes)
@@ -133,6 +135,9 @@ def _model(
         runs = numbers >= 0 if stages.padding else None
         if stop is not None:
             runs = (numbers < stop) if runs is None else runs & (numbers < stop)
+        if stages.chunks > 1:
+            beside = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, chunk, keepdims=False), execution.beside)
+            execution = dataclasses.replace(execution, beside=beside)
         taken = model.stack(
             x,
             segments=one.get("segments"),

@@ -56,9 +56,10 @@ PIPELINES = [
     ("gpt4", "pipe=2,data=2,tensor=2,sequence_parallel,pipeline=interleaved:2:2:ends"),
     ("llama4", "pipe=2,fsdp=2,tensor=2,zero=1,pipeline=gpipe:2:1:3+1,remat=dots"),
     ("gpt4", "pipe=2,data=2,tensor=2,sequence_parallel,pipeline=1f1b:3:stored"),
-    ("llama4", "pipe=2,fsdp=2,tensor=2,remat=full,pipeline=interleaved:4:2:stored"),
+    ("llama4", "pipe=2,fsdp=2,pipeline=1f1b:3:use"),
+    ("llama4", "pipe=2,fsdp=2,tensor=2,zero=2,remat=full,pipeline=interleaved:4:2:stored:use"),
     ("llama4", "pipe=4,fsdp=2,zero=1,pipeline=zb-h1:6:ends:stored"),
-    ("gpt4", "pipe=2,fsdp=2,tensor=2,zero=3,pipeline=zb-h1:3:1:1+3:stored"),
+    ("llama4", "pipe=2,fsdp=2,tensor=2,zero=3,pipeline=zb-h1:3:1:1+3:stored"),
 ]
 LAYOUTS = [
     ("llama", "accumulate=3,remat=full"),

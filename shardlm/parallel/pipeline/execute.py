@@ -205,7 +205,7 @@ class _Tick:
         flag, (taken, ticks) = self.row[what], self.counts[what]
 
         def branch(given: Any) -> Any:
-            with jax.named_scope(f"taken_{taken}_of_{ticks}"):  # for whoever counts what a step does
+            with jax.named_scope(f"taken_{taken}_of_{ticks}_for_{what}"):  # for whoever counts what a step does
                 return function(given)
 
         return lax.cond(flag if flag.dtype == jnp.bool_ else flag >= 0, branch, lambda same: same, otherwise)

@@ -64,11 +64,11 @@ class Cut:
         return jax.tree.structure(function).unflatten(leaves)
 
     def zeros(self) -> list[Array]:
-        """Zeros like what is kept."""
+        """Zeros like what is kept, but varying over the stages, as what lies in their slots does."""
         types = [self.types[leaf] for leaf in self.kept]
         varying = [tuple(Axis(name) for name in kind.manual_axis_type.varying) for kind in types]
         plain = [jnp.zeros(kind.shape, kind.dtype) for kind in types]
-        return [collectives.mark_varying(x, axes) for x, axes in zip(plain, varying, strict=True)]
+        return [collectives.mark_varying(x, (*axes, Axis.PIPE)) for x, axes in zip(plain, varying, strict=True)]
 
     def _leaves(self, function: Any) -> list[Array]:
         leaves = jax.tree.leaves(function)
