@@ -94,7 +94,7 @@ def _config(megabytes: int) -> sl.TransformerConfig:
         width += 32
     return sl.TransformerConfig(
         num_layers=layers, d_model=width, num_heads=width // 32, num_kv_heads=width // 32, head_dim=32,
-        d_ff=width * 4 // 3, vocab_size=vocabulary,
+        d_ff=(width * 4 // 3) // 8 * 8, vocab_size=vocabulary,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """One run at a time saves to a folder: a lock that the system takes back when its holder dies."""
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -59,6 +60,7 @@ class Lock:
     def release(self) -> None:
         """Let others save there."""
         if self._file is not None:
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that has become read-only
+                self._path.unlink()
             self._file.close()
             self._file = None

@@ -124,6 +124,7 @@ class Checkpoints:
 
     def set_aside(self, step: int) -> str:
         """Renames the folder of a damaged `step`, so that the run may come to it again; returns the new name."""
+        claimed = self._claimed
         self.claim()
         path, error, name = self.directory / str(step), None, ""
         try:
@@ -135,6 +136,8 @@ class Checkpoints:
                 name = to.name
         except OSError as caught:
             error = caught
+        if not claimed:
+            self._release()
         if text := errors_of_all(error):
             raise SaveError(f"the damaged {path} could not be renamed: {text}") from error
         return exchange(name)[0]

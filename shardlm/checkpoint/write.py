@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import json
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,7 @@ class Write:
             self._error = error
         self._raise_together()
         self._handler = _Arrays()
+        logging.getLogger("absl").addFilter(_raised_here)
         try:
             self._handler.save(self.unfinished / STATE, args=ocp.args.StandardSave(arrays))
         except Exception as error:
@@ -78,6 +80,7 @@ class Write:
         """Return when this process has done its part, and the others theirs; whether all went well is not asked."""
         self._thread.join()
         self._handler.close()
+        logging.getLogger("absl").removeFilter(_raised_here)
 
     def _raise_together(self) -> None:
         if text := errors_of_all(self._error):
@@ -140,6 +143,11 @@ class _Arrays(ocp.StandardCheckpointHandler):
     async def async_save(self, directory, *arguments, **options):
         self.commits = await super().async_save(directory, *arguments, **options) or []
         return []
+
+
+def _raised_here(record: logging.LogRecord) -> bool:
+    """Whether to log it: not the traces of Orbax's threads, hundreds of lines for an error that is raised as well."""
+    return "_SignalingThread.run() raised" not in record.getMessage()
 
 
 def flatten(state: Any) -> tuple[dict[str, Any], Any]:

@@ -183,3 +183,11 @@ def test_calls_take_turns_in_an_order_that_turns_round():
     times = interleaved(calls, 3)
     assert "".join(called) == "abbaab"
     assert {name: len(sample.values) for name, sample in times.items()} == {"a": 3, "b": 3}
+
+
+def test_checkpoint(capsys):
+    assert run("checkpoint --megabytes 4 --repeats 2 --layout data=1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    megabytes, what = lines[1].split(" MB in ")
+    assert 1.0 < float(megabytes) <= 4.0 and what.endswith("arrays; layout data=1")
+    assert [line.split("  ")[0] for line in lines[2:-1]] == ["synchronous", "blocked", "in all", "restore", "ratio"]

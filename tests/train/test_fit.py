@@ -476,6 +476,7 @@ def full_from():
     set_limit(before[0])
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops its other coroutines
 def test_a_run_goes_on_when_a_save_fails_and_saves_the_next(trainer, undisturbed, tmp_path, full_from):
     text = f"{tmp_path}/2 could not be saved: .*The run goes on; the newest checkpoint is step 1"
     with pytest.warns(sl.CheckpointWarning, match=text):
@@ -487,7 +488,7 @@ def test_a_run_goes_on_when_a_save_fails_and_saves_the_next(trainer, undisturbed
     assert_same(undisturbed, by_path(sl.restore(tmp_path / "6", trainer)))
 
 
-@pytest.mark.filterwarnings("ignore::shardlm.CheckpointWarning")
+@pytest.mark.filterwarnings("ignore::shardlm.CheckpointWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_last_state_that_cannot_be_saved_is_an_error_that_holds_it(trainer, undisturbed, tmp_path, full_from):
     message = rf"{tmp_path}/6 could not be saved: .* last step, tried twice: the newest checkpoint is step 4"
     with pytest.raises(sl.SaveError, match=message) as error:
