@@ -17,7 +17,7 @@ from shardlm.models.config import (
 )
 from shardlm.models.transformer import Transformer
 from shardlm.rules import ReplicatedParameterWarning, match_rules
-from shardlm.runtime import fake_devices
+from shardlm.runtime import fake_devices, initialize
 from shardlm.train.fit import NonFiniteLoss
 from shardlm.train.optimizer import adamw
 from shardlm.train.sample import sample
@@ -49,6 +49,7 @@ __all__ = [
     "adamw",
     "data",
     "fake_devices",
+    "initialize",
     "inspect",
     "match_rules",
     "presets",

@@ -28,9 +28,10 @@ ORDER = (
     ("collectives",),
     ("parallel",),
     ("models",),
-    ("data", "checkpoint", "inspect"),  # inspect looks at programs; Trainer.explain hands it the step
+    # inspect looks at programs, Trainer.explain hands it the step; runtime knows processes, and nothing of the model
+    ("data", "checkpoint", "inspect", "runtime"),
     ("train",),
-    ("runtime", "verification"),
+    ("verification",),
     ("bench",),
     ("__main__",),
 )
