@@ -18,6 +18,7 @@ from shardlm.models.config import (
 from shardlm.models.transformer import Transformer
 from shardlm.rules import ReplicatedParameterWarning, match_rules
 from shardlm.runtime import fake_devices, initialize
+from shardlm.runtime.preemption import Preempted
 from shardlm.train.fit import NonFiniteLoss
 from shardlm.train.optimizer import adamw
 from shardlm.train.sample import sample
@@ -37,6 +38,7 @@ __all__ = [
     "NonFiniteLoss",
     "Norm",
     "Pipeline",
+    "Preempted",
     "Report",
     "ReplicatedParameterWarning",
     "Rope",

@@ -13,6 +13,7 @@ import numpy as np
 import shardlm as sl
 from shardlm.data import Batches, Epoch
 from shardlm.inspect import topologies
+from shardlm.runtime import launch
 
 _MOST_CPU_DEVICES = 2048  # of one process: with more, JAX takes some to be another process's
 _SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
@@ -297,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print the report as JSON")
 
     _add_verify(commands)
+    launch.add(commands)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Which process of how many this is, and where the first one listens: read from what a launcher left in the environment.
+"""Which process of how many this is, and where the first one listens: what a launcher left in the environment.
 
 `jax.distributed` detects clusters too; here it is done before, so that what is wrong can be said before JAX, which ends
 the process where its peers do not come.
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 COORDINATOR = "SHARDLM_COORDINATOR"
 PROCESSES = "SHARDLM_PROCESSES"
 PROCESS = "SHARDLM_PROCESS"
+LOCAL_PROCESSES = "SHARDLM_LOCAL_PROCESSES"
+LOCAL_PROCESS = "SHARDLM_LOCAL_PROCESS"
 DEVICES = "SHARDLM_DEVICES_PER_PROCESS"
 
 
@@ -57,8 +59,8 @@ def _ours(environment: Mapping[str, str]) -> Place:
             f"initialize: {', '.join(missing)} not set; {COORDINATOR}, {PROCESSES} and {PROCESS} go together"
         )
     count, index = (integer(environment, name) for name in (PROCESSES, PROCESS))
-    local_count = integer(environment, "SHARDLM_LOCAL_PROCESSES", 1)
-    local_index = integer(environment, "SHARDLM_LOCAL_PROCESS", 0)
+    local_count = integer(environment, LOCAL_PROCESSES, 1)
+    local_index = integer(environment, LOCAL_PROCESS, 0)
     return Place(environment[COORDINATOR], count, index, local_index, local_count, f"{PROCESSES} and {PROCESS}")
 
 
@@ -83,8 +85,8 @@ def _open_mpi(environment: Mapping[str, str]) -> Place:
     port = environment.get("JAX_COORDINATOR_PORT")
     if not found:
         raise ValueError(
-            f"initialize: Open MPI started this process, but OMPI_MCA_orte_hnp_uri={uri!r} names no address (Open MPI 5 "
-            f"does not set it): set {COORDINATOR} to host:port of process 0, {PROCESSES} and {PROCESS}"
+            f"initialize: Open MPI started this process, but OMPI_MCA_orte_hnp_uri={uri!r} names no address (Open MPI "
+            f"5 does not set it): set {COORDINATOR} to host:port of process 0, {PROCESSES} and {PROCESS}"
         )
     return Place(
         f"{found[2]}:{port or _port(int(found[1]) // 2**12)}",

@@ -1,8 +1,8 @@
 """Processes meet before JAX connects them: whoever is missing, double or different is named, by every one of them.
 
-`jax.distributed` ends a process by SIGABRT, with a page of its own stack, where a peer does not come. So process 0 first
-listens at the same address itself: each of the others says who it is in one line of JSON and gets one back, `{"problem":
-""}` or what is wrong. Then all go on to JAX.
+`jax.distributed` ends a process by SIGABRT, with a page of its own stack, where a peer does not come. So process 0
+first listens at the same address itself: each of the others says who it is in one line of JSON and gets one back,
+`{"problem": ""}` or what is wrong. Then all go on to JAX.
 """
 
 import contextlib

@@ -15,6 +15,7 @@ from shardlm.runtime.devices import fake_devices
 
 HEARTBEAT = 30  # seconds; a stall of the network is shorter, and JAX's 100 are long to hold devices for nothing
 TIMEOUT = 50  # seconds; with JAX's own handshake behind it, what is wrong is said within a minute
+TRANSIENT = 75  # exit status (EX_TEMPFAIL of sysexits.h) of a process that failed through no fault of its own
 
 
 def initialize(
@@ -140,11 +141,17 @@ def _connect(**options: Any) -> None:
 
     def end(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
         before(kind, error, traceback)
-        leave(130 if issubclass(kind, KeyboardInterrupt) else 1)
+        leave(130 if issubclass(kind, KeyboardInterrupt) else TRANSIENT if _says_a_peer_died(error) else 1)
 
     sys.excepthook = end
     if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
         faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
+def _says_a_peer_died(error: BaseException) -> bool:
+    """Whether a collective or JAX's service failed because another process has gone."""
+    words = ("Gloo", "NCCL", "closed by peer", "reset by peer", "Socket closed", "heartbeat", "UNAVAILABLE", "ABORTED")
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in words)
 
 
 def _local_devices(place: clusters.Place, devices: int) -> list[int] | None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from shardlm.checkpoint import Checkpoints
-from shardlm.train import resume
+from shardlm.runtime.preemption import Preempted, Preemption
+from shardlm.runtime.watch import Watch
+from shardlm.train import resume, together
 from shardlm.train.interrupt import uninterrupted
 from shardlm.train.metrics import peak_flops
 from shardlm.train.progress import Progress
@@ -78,6 +81,7 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
     directory = options.checkpoint_dir
     checkpoints = None if directory is None else Checkpoints(directory, keep=options.keep)
     latest, resumed = None if checkpoints is None else checkpoints.latest(), []
+    together.check_run(trainer, {"steps": steps, "newest checkpoint": latest, "checkpoints": directory is not None})
     if checkpoints is not None and latest is not None:
         if state is not None:
             raise ValueError(
@@ -105,7 +109,9 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
                 progress.message(f"held_out_loss {trainer.evaluate(state, options.held_out)['loss']:.4f}")
             return state
         try:
-            return _Loop(trainer, progress, checkpoints, options, steps, state, start, latest).run(batches)
+            with Preemption() as preemption, Watch(together.name()) as watch:
+                loop = _Loop(trainer, progress, checkpoints, options, preemption, watch, steps, state, start, latest)
+                return loop.run(batches)
         finally:
             if checkpoints is not None:
                 checkpoints.close()
@@ -126,6 +132,8 @@ class _Loop:
     progress: Progress
     checkpoints: Checkpoints | None
     options: FitOptions
+    preemption: Preemption
+    watch: Watch
     steps: int
     state: TrainState
     done: int
@@ -140,12 +148,13 @@ class _Loop:
         stream = resume.iterate(batches, start)
         try:
             for step in range(start + 1, self.steps + 1):
-                batch = next(stream, _END)
+                with self.watch.phase("batch", step):
+                    batch = next(stream, _END)
                 if batch is _END:
                     raise ValueError(
                         f"the batches ended after {step - 1} steps of {self.steps}: give more, or fewer steps"
                     )
-                with uninterrupted():
+                with uninterrupted(), self.watch.phase("step", step, together.waits_in(self.trainer, batch)):
                     self._step(step, batch, first=step == start + 1)
                     self.progress.advance(step)
                     if self.progress.due(step):
@@ -155,6 +164,8 @@ class _Loop:
                     self._evaluate(step)
                 if last or _due(step, options.checkpoint_every):
                     self._save(step)
+                if self.preemption.reached(step):
+                    self._preempted(step)
         except BaseException as error:
             self._rescue(error, start)
             raise
@@ -218,7 +229,7 @@ class _Loop:
 
     def _evaluate(self, step: int) -> None:
         assert self.options.held_out is not None
-        with self._untimed():
+        with self._untimed(), self.watch.phase("evaluation", step):
             result = self.trainer.evaluate(self.state, self.options.held_out)
             shown = {name: value for name, value in result.items() if name != self.trainer.program.weight_name}
             self.progress.log(step, {f"held_out_{name}": value for name, value in shown.items()})
@@ -227,15 +238,27 @@ class _Loop:
         """Save the state after `step`, unless that is done or nowhere to be done; what is not finite is never saved."""
         if self.checkpoints is None or step == self.saved:
             return
-        with self._untimed(), uninterrupted():
+        with self._untimed(), uninterrupted(), self.watch.phase("save", step):
             if wrong := _non_finite(self.state):
                 raise self._stop(step, f"{', '.join(wrong[:5])} not finite after the update")
             self.checkpoints.save(step, self.state, resume.metadata(self.trainer, step))
             self.saved = step
 
+    def _preempted(self, step: int) -> None:
+        """End the run after SIGTERM, once the state after `step` is saved; all processes do at the same step."""
+        self._collect()
+        self._save(step)
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+        saved = self.saved == step
+        what = f"step {step} is saved in {self.options.checkpoint_dir}" if saved else f"step {step} is not saved"
+        raise Preempted(f"ended by SIGTERM: {what}", 0 if saved else 128 + signal.SIGTERM)
+
     def _rescue(self, error: BaseException, start: int) -> None:
         """Save the state that an error or Ctrl-C leaves behind, where there is one and it is good."""
-        if self.checkpoints is None or self.done == start or isinstance(error, NonFiniteLoss):
+        if isinstance(error, Preempted):
+            self.progress.message(str(error))
+        if self.checkpoints is None or self.done == start or isinstance(error, NonFiniteLoss | Preempted):
             return
         # Saving takes all processes, at the same step; and a step that failed half-way has used up its state.
         if jax.process_count() > 1 or self.state.step.is_deleted():

@@ -18,6 +18,7 @@ from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.train import batch as batches_
 from shardlm.train import state as states
+from shardlm.train import together
 from shardlm.train.engine import Parameters
 from shardlm.train.explain import explain
 from shardlm.train.fit import FitOptions, fit
@@ -339,7 +340,7 @@ class Trainer:
             NonFiniteLoss: a loss, a gradient or a new parameter was NaN or infinite; nothing of it is saved.
             ValueError: the checkpoint is of another model; the batches end early; an option is out of range.
 
-        Ctrl-C and any other error, of the source of batches too, are raised again once the last update is saved.
+        Ctrl-C and errors are raised again once the last update is saved. SIGTERM saves it too, and ends with status 0.
         """
         options = FitOptions(
             checkpoint_dir, checkpoint_every, keep, log_every, held_out, evaluate_every, log_dir, tensorboard, verbose
@@ -353,6 +354,7 @@ class Trainer:
         its peers arrive. With several programs in flight the peers may find no thread, and all wait for ever.
         """
         require_devices(self.mesh)
+        together.check_program(self, function, arguments)
         result = function(*arguments)
         if self.mesh.size > 1 and self.first_device.platform == "cpu":
             jax.block_until_ready(result)
