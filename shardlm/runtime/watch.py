@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from statistics import median_low
 from typing import IO, Self
 
 HANG = "SHARDLM_HANG"
@@ -22,7 +23,7 @@ Hints = Callable[[], str]
 class Watch:
     """Watches the phases of a loop from a thread of its own. Use it in a `with` statement.
 
-    A phase that takes more than `factor` times the longest of its last 20, and more than `least` seconds, is reported
+    A phase that takes more than `factor` times the median of its last 20, and more than `least` seconds, is reported
     on the standard error with the Python stacks of all threads; again each time it has taken twice as long. Every
     process watches itself: where one is late, all others report the collective that they wait in.
 
@@ -79,7 +80,7 @@ class Watch:
         began = time.monotonic()
         with self._lock:
             self._now = (kind, step, began, hints)
-            self._limit = max(self._least, self._factor * max(past)) if past else FIRST * self._least
+            self._limit = max(self._least, self._factor * median_low(past)) if past else FIRST * self._least
         try:
             yield
         finally:
@@ -101,7 +102,9 @@ class Watch:
     def _report(self, kind: str, step: int, began: float, hints: Hints | None) -> None:
         stream = self._stream or sys.stderr
         past = self._history[kind]
-        usual = f"the last {len(past)} took at most {max(past):.3g} s" if past else "it is the first of its kind"
+        usual = (
+            f"the median of the last {len(past)} is {median_low(past):.3g} s" if past else "it is the first of its kind"
+        )
         print(
             f"{self._name} has been in its {kind} of step {step} for {time.monotonic() - began:.0f} s; {usual}."
             f"{' It is ended now.' if self._abort else ''} Its threads:",

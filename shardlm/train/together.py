@@ -53,7 +53,10 @@ def facts(trainer: "Trainer") -> dict[str, Any]:
         "seed": trainer.seed,
         "engine": trainer.engine,
         "jax_enable_x64": bool(jax.config.jax_enable_x64),  # pyright: ignore[reportAttributeAccessIssue]
-        "optimizer state": str(jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", trainer.abstract_state.opt_state)),
+        "optimizer state": {
+            jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(trainer.abstract_state.opt_state)
+        },
     }
 
 

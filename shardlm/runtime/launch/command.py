@@ -42,8 +42,8 @@ def add(commands: Any) -> None:
         "as were lost, down to MIN; let one size of the layout be -1")  # fmt: skip
     add("--backoff", type=float, default=1.0, help="seconds before the first restart, doubled for each (default 1)")
     add("--grace", type=float, default=30.0, help="seconds to save and end after Ctrl-C or SIGTERM (default 30)")
-    add("--hang", metavar="FACTOR:SECONDS", help="report a step that takes FACTOR times as long as the longest of "
-        "the last, and at least SECONDS (default 10:60)")  # fmt: skip
+    add("--hang", metavar="FACTOR:SECONDS", help="report a step that takes FACTOR times as long as the median of "
+        "the last 20, and at least SECONDS (default 10:60)")  # fmt: skip
     add("--abort-hangs", action="store_true", help="end a process whose step hangs, so that all are started again")
     add("-m", dest="module", nargs=argparse.REMAINDER, help="run a module as `python -m` does, with its arguments")
     add("script", nargs="?", help="a Python file")

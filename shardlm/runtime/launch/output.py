@@ -61,9 +61,9 @@ class Reader(threading.Thread):
 
     def last_lines(self) -> list[str]:
         """The last lines, shortened."""
-        return [line[-_SHOWN:].decode(errors="replace") for line in list(self._last)]
+        return [line[:_SHOWN].decode(errors="replace") for line in list(self._last)]
 
     def _pass(self, line: bytes) -> None:
         line = line.rstrip(b"\r")
-        self._last.append(line[-4 * _SHOWN :])
+        self._last.append(line[: 4 * _SHOWN])
         self._output.write(self._prefix + line + b"\n")
