@@ -100,6 +100,11 @@ def is_one_of_several(environment: Mapping[str, str] | None = None) -> bool:
     return clusters.integer(os.environ if environment is None else environment, clusters.PROCESSES, 1) > 1
 
 
+def decides_devices() -> bool:
+    """Whether how many devices this process has is decided: it has joined others, or its launcher says it."""
+    return jax.distributed.is_initialized() or clusters.DEVICES in os.environ
+
+
 def _place(coordinator: str | None, processes: int | None, process: int | None) -> clusters.Place | None:
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     if all(value is None for value in given.values()):

@@ -1,6 +1,6 @@
 """A script for tests: as one of several processes, or alone, trains a tiny model on several layouts and says what it saw.
 
-    worker.py FOLDER LAYOUT...
+worker.py FOLDER LAYOUT...
 """
 
 import json
