@@ -88,7 +88,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "template",
         help="print a job file for Slurm or Kubernetes",
-        description="Print an sbatch file, or a Kubernetes JobSet, that trains on several hosts; change it to your needs.",
+        description="Print an sbatch file, or a Kubernetes JobSet, that trains on several hosts; then change it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.set_defaults(run=run)

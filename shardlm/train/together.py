@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from shardlm.inspect.ledger import ledger
-from shardlm.runtime.agreement import agree, words
+from shardlm.runtime.agreement import PROGRAM, agree, words
 from shardlm.runtime.processes import is_one_of_several
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def check_program(trainer: "Trainer", function: Any, arguments: tuple[Any, ...])
         return
     checked.add(function)
     if spans_processes(trainer) and hasattr(function, "trace"):
-        agree(_what(function), facts(trainer) | {"program": words(function.trace(*arguments).jaxpr)})
+        agree(_what(function), facts(trainer) | {PROGRAM: words(function.trace(*arguments).jaxpr)})
 
 
 def check_run(trainer: "Trainer", asked: Mapping[str, Any]) -> None:
@@ -100,7 +100,7 @@ def _crossing_axes(mesh: Any) -> dict[str, None]:
 
 
 def _what(function: Any) -> str:
-    return getattr(function, "__name__", "a compiled function").replace("<lambda>", "init")
+    return {"<lambda>": "init"}.get(name := getattr(function, "__name__", "a program"), name)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
