@@ -81,7 +81,7 @@ def _slurm(environment: Mapping[str, str]) -> Place:
 def _open_mpi(environment: Mapping[str, str]) -> Place:
     """The address of `mpirun` itself, which runs on the first host: "1531576320.0;tcp://10.96.0.1,10.0.0.1:34911"."""
     uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
-    found = re.match(r"(\d+)\..*?tcp6?://\[?([^,:\]]+|[0-9a-f:]+)[,:\]]", uri)
+    found = re.match(r"(\d+)\..*?(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)
     port = environment.get("JAX_COORDINATOR_PORT")
     if not found:
         raise ValueError(
@@ -89,7 +89,7 @@ def _open_mpi(environment: Mapping[str, str]) -> Place:
             f"5 does not set it): set {COORDINATOR} to host:port of process 0, {PROCESSES} and {PROCESS}"
         )
     return Place(
-        f"{found[2]}:{port or _port(int(found[1]) // 2**12)}",
+        f"{found[2] or f'[{found[3]}]'}:{port or _port(int(found[1]) // 2**12)}",
         integer(environment, "OMPI_COMM_WORLD_SIZE"),
         integer(environment, "OMPI_COMM_WORLD_RANK"),
         integer(environment, "OMPI_COMM_WORLD_LOCAL_RANK"),

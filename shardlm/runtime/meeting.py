@@ -7,6 +7,7 @@ first listens at the same address itself: each of the others says who it is in o
 
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import Mapping
@@ -60,7 +61,7 @@ def _host(host: str, port: int, count: int, own: dict, deadline: float, timeout:
         server = _listen(host, port)
     except OSError as error:
         raise MeetingError(
-            f"process 0 cannot listen on port {port}: {error.strerror or error}. If another program or an earlier run "
+            f"process 0 cannot listen on port {port}: {os.strerror(error.errno) if error.errno else error}. If another program or an earlier run "
             "holds it, end that or choose another port, the same on all processes"
         ) from error
     hellos: list[dict[str, Any]] = [own]
