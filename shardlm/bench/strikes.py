@@ -92,7 +92,8 @@ def _environment(pid: int) -> dict[str, str]:
         items = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return {}
-    return dict(item.partition("=")[::2] for item in items if "=" in item)
+    pairs = (item.partition("=") for item in items)
+    return {name: value for name, _, value in pairs}
 
 
 def damage(kind: str, folder: Path, chance: random.Random) -> str:

@@ -62,8 +62,8 @@ def _host(host: str, port: int, count: int, own: dict, deadline: float, timeout:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
         raise MeetingError(
-            f"process 0 cannot listen on port {port}: {reason}. If another program or an earlier run holds it, end that "
-            "or choose another port, the same on all processes"
+            f"process 0 cannot listen on port {port}: {reason}. If another program or an earlier run holds it, end "
+            "that or choose another port, the same on all processes"
         ) from error
     hellos: list[dict[str, Any]] = [own]
     waiting: list[socket.socket] = []

@@ -136,7 +136,7 @@ def test_processes_that_would_do_something_else_say_so_before_they_do(together):
 def test_after_sigterm_to_one_all_have_saved_the_same_step_and_end_well(together):
     folder, lines = together
     assert not said(lines, "NOT PREEMPTED")
-    [step] = [int(line.split()[6]) for line in lines if "ended by SIGTERM: step" in line]
+    [step] = [int(line.split()[5]) for line in lines if "ended by SIGTERM: step" in line]
     assert sl.restore(folder / "preempted" / str(step), worker.trainer_of("fsdp=8")).step == step
     assert [record["step"] for record in worker.records(folder / "preempted")] == list(range(1, step + 1))
 

@@ -62,8 +62,9 @@ class Restarts:
         if does_not_fit and self.count > self.minimum:  # this number of processes is not one that the layout can use
             self.count -= 1
             return ""
+        same = before is not None and before.signature == failure.signature
         at_once = before is not None and max(before.seconds, failure.seconds) < AT_ONCE
-        if at_once and not failure.was_killed and before.signature == failure.signature:
+        if same and at_once and not failure.was_killed:
             return "it has failed in the same way twice, at once: starting it again would not help"
         if self.made >= self.allowed:
             return f"{self.made} restarts were allowed" if self.allowed else "no restarts are allowed (--restarts 0)"
