@@ -1,7 +1,11 @@
 """shardlm: write a Transformer once, lay it out over any devices, get the single device's numbers."""
 
 from shardlm import data, inspect
-from shardlm.checkpoint import restore, save
+from shardlm.checkpoint import DamagedCheckpoint, SaveError, read_metadata, restore, save
+from shardlm.generate import score
+from shardlm.generate.api import generate
+from shardlm.generate.result import Completion, Generation, Piece
+from shardlm.hub import load_hf, save_hf
 from shardlm.inspect import Report
 from shardlm.layout import Axis, Layout, LayoutError, Pipeline
 from shardlm.models import presets
@@ -22,6 +26,7 @@ from shardlm.runtime.preemption import Preempted
 from shardlm.train.fit import NonFiniteLoss
 from shardlm.train.optimizer import adamw
 from shardlm.train.sample import sample
+from shardlm.train.saving import CheckpointWarning
 from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
 from shardlm.verification import Verification, VerificationError, verify
@@ -30,6 +35,10 @@ __all__ = [
     "MLP",
     "Attention",
     "Axis",
+    "CheckpointWarning",
+    "DamagedCheckpoint",
+    "Completion",
+    "Generation",
     "Layout",
     "LayoutError",
     "LearnedPositions",
@@ -37,11 +46,13 @@ __all__ = [
     "Llama3Scaling",
     "NonFiniteLoss",
     "Norm",
+    "Piece",
     "Pipeline",
     "Preempted",
     "Report",
     "ReplicatedParameterWarning",
     "Rope",
+    "SaveError",
     "TrainState",
     "Trainer",
     "Transformer",
@@ -51,12 +62,17 @@ __all__ = [
     "adamw",
     "data",
     "fake_devices",
+    "generate",
     "initialize",
     "inspect",
+    "load_hf",
     "match_rules",
     "presets",
+    "read_metadata",
     "restore",
     "sample",
     "save",
+    "save_hf",
+    "score",
     "verify",
 ]

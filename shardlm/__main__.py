@@ -1,4 +1,4 @@
-"""The command line: `python -m shardlm train`, `explain` and `verify`."""
+"""The command line: `python -m shardlm train`, `explain`, `verify`, `generate`, `convert` and `checkpoints`."""
 
 import argparse
 import dataclasses
@@ -11,26 +11,30 @@ import jax
 import numpy as np
 
 import shardlm as sl
+from shardlm.checkpoint import command as checkpoints
 from shardlm.data import Batches, Epoch
+from shardlm.generate import command as generation
+from shardlm.hub import convert
 from shardlm.inspect import topologies
 from shardlm.runtime import launch, processes, template
 from shardlm.runtime.meeting import MeetingError
 
 _MOST_CPU_DEVICES = 2048  # of one process: with more, JAX takes some to be another process's
+_STOPPED = (sl.SaveError, sl.NonFiniteLoss, sl.VerificationError)  # and no mistake in the arguments
 _SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
-    0; 1 for training that had to stop, or a layout that is wrong; 2 for a mistake in the arguments.
+    0; 1 for training that had to stop, a wrong layout or a damaged checkpoint; 2 for a mistake in the arguments.
     """
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, OSError, ImportError, MeetingError, sl.NonFiniteLoss, sl.VerificationError) as error:
+    except (ValueError, OSError, ImportError, MeetingError, *_STOPPED) as error:
         print("error:", error, *getattr(error, "__notes__", ()), file=sys.stderr)
-        return 1 if isinstance(error, sl.NonFiniteLoss | sl.VerificationError) else 2
+        return 1 if isinstance(error, _STOPPED) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -76,6 +80,9 @@ def train(options: argparse.Namespace) -> int:
         options.steps,
         checkpoint_dir=options.checkpoint_dir,
         checkpoint_every=options.checkpoint_every,
+        keep=options.keep,
+        keep_every=options.keep_every,
+        keep_best=options.keep_best,
         log_every=options.log_every,
         held_out=held_out,
         evaluate_every=options.evaluate_every if held_out else None,
@@ -272,6 +279,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of parameters, dropout, order of batches and the sample")
     add("--checkpoint-dir", help="save here, and resume from here if there is something, on any layout")
     add("--checkpoint-every", type=size, default=100, help="steps")
+    add("--keep", type=size, default=3, help="newest checkpoints that stay")
+    add("--keep-every", type=size, help="checkpoints of steps that this divides stay too")
+    add("--keep-best", type=size, help="so many of lowest held-out loss stay too")
     add("--log-every", type=size, default=10, help="steps")
     add("--log-dir", help="where metrics.jsonl goes (default: the checkpoint folder)")
     add("--tensorboard", action="store_true", help="write TensorBoard events too (extra tensorboard)")
@@ -304,6 +314,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     launch.add(commands)
     template.add(commands)
+    convert.add_command(commands)
+    checkpoints.add(commands)
+    generation.add(commands, _Help)
     return parser
 
 

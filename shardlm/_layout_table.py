@@ -64,9 +64,15 @@ def _notes(layout: Any, config: Any) -> list[str]:
     if layout.accumulate > 1:
         notes.append(f"accumulate {layout.accumulate}: gradients of {layout.accumulate} microbatches summed per step")
     if layout.pipeline is not None:
+        ends = layout.pipeline.vocabulary == "ends"
         notes.append(
             f"pipeline {layout.pipeline}: {layout.microbatches} microbatches through {layout.pipe} stages; embedding "
-            "and head split over them by vocabulary; parameters gathered, and gradients summed, once per step"
+            + (
+                "and head on the first and last, their tables on all"
+                if ends
+                else "and head split over them by vocabulary"
+            )
+            + "; parameters gathered, and gradients summed, once per step"
         )
     if layout.remat != "none":
         notes.append(f"remat {layout.remat}: {REMAT[layout.remat]}")

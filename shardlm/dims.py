@@ -103,7 +103,7 @@ class DimTable:
             "sequence": live(Axis.CONTEXT),
             "chunk": (),
             "layer": live(Axis.PIPE),
-            "vocab": live(Axis.PIPE, Axis.TENSOR),
+            "vocab": live(*layout.vocabulary_axes),
             "embed": (),
             "head": tensor,
             "kv_head": () if whole_kv else tensor,

@@ -204,14 +204,26 @@ class Layout:
         """Into how many parts the rows of a step are cut, one after another: by `accumulate` or by the pipeline."""
         return self.accumulate if self.pipeline is None else self.pipeline.microbatches
 
+    @property
+    def vocabulary_axes(self) -> tuple[Axis, ...]:
+        """The axes that split the vocabulary, the first one major."""
+        ends = self.pipeline is not None and self.pipeline.vocabulary == "ends"
+        return (Axis.TENSOR,) if ends else (Axis.PIPE, Axis.TENSOR)
+
     def _pipeline_problems(self) -> list[str]:
         problems = []
         if self.pipe == 1 and self.pipeline is not None:
             problems.append(f"pipeline={self.pipeline} has no effect on pipe=1: set pipe to 2 or more, or leave it out")
         if self.pipeline is not None and not isinstance(self.pipeline, Pipeline):
             problems.append(f"pipeline={self.pipeline!r} is not a Pipeline")
-        if isinstance(self.pipeline, Pipeline) and self.pipeline.schedule == "interleaved" and self.pipe > 1:
-            problems += filter(None, [_divides("microbatches", self.pipeline.microbatches, Axis.PIPE, self.pipe)])
+        if isinstance(self.pipeline, Pipeline) and self.pipe > 1:
+            if self.pipeline.schedule == "interleaved":
+                problems += filter(None, [_divides("microbatches", self.pipeline.microbatches, Axis.PIPE, self.pipe)])
+            if self.pipeline.schedule == "zb-h1" and self.remat != "none":
+                problems.append(
+                    f"remat={self.remat!r} with schedule 'zb-h1', whose split backward makes nothing again: "
+                    "set remat='none', or take schedule '1f1b'"
+                )
         if self.pipe != 1 and self.accumulate != 1:
             problems.append(
                 f"accumulate={self.accumulate} with pipe={self.pipe}: a pipeline accumulates over its own "

@@ -1,5 +1,6 @@
 """Gives every test 8 CPU devices, and ends the run rather than skip a test when they are missing."""
 
+import importlib.util
 import os
 import signal
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ def _make_devices() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says which compilers' programs were read from recorded texts alone."""
+    """Says which compilers' programs, and whose logits, were read from recordings alone."""
     from shardlm.inspect import topologies
 
     for platform, extra in (("cuda", "topologies"), ("tpu", "tpu")):
@@ -72,6 +73,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 f"not compiled afresh for {platform}, only read from recorded texts: its compiler is not installed "
                 f"(pip install 'shardlm[{extra}]')"
             )
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        terminalreporter.write_line(
+            "not compared afresh with transformers, only with what it computed once: it is not installed "
+            "(pip install torch transformers)"
+        )
 
 
 @pytest.fixture

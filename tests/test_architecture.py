@@ -31,7 +31,8 @@ ORDER = (
     # inspect looks at programs, Trainer.explain hands it the step; runtime knows processes, and nothing of the model
     ("data", "checkpoint", "inspect", "runtime"),
     ("train",),
-    ("verification",),
+    ("verification", "hub"),
+    ("generate",),
     ("bench",),
     ("__main__",),
 )

@@ -19,12 +19,15 @@ _HELP = f"""
 Time Trainer.step under several pipeline schedules, and without a pipeline on the same devices, on the same rows.
 
 no pipeline   the devices of the stages split the batch instead (data), as many rows at a time, in as many turns
-              (accumulate), and backward makes the forward again (remat=full), as stages do
+              (accumulate), and backward makes the forward again (remat=full), as stages do if not told otherwise
 ratio         to no pipeline, round by round
 bubble        time beyond that of a pipeline which is always full, over the latter. Measured: a step of {_LONGER} times
               the microbatches takes as much longer as a full pipeline takes for those added; all else that a step does
               once, as the optimizer's update, counts as bubble. Simulated: from the table of ticks, FLOPs for times
-stash         inputs that a stage keeps, at most
+stash         microbatches whose inputs a stage keeps at most, or whose residuals
+
+Schedules are 1f1b, gpipe, interleaved (with --chunks), each also as 1f1b-stored and so on, which keeps residuals where
+the others make the forward again, and zb-h1, which always keeps them.
 
 The steps take turns. Each number is a median, with the lower and upper quartile behind it.
 
@@ -57,6 +60,7 @@ def add(commands: Any) -> None:
     model.add_sizes(parser)
     parser.add_argument("--layout", default="pipe=4,data=-1", help="with pipe=2 or more (default pipe=4,data=-1)")
     parser.add_argument("--schedules", nargs="+", default=["1f1b", "gpipe"], help="default 1f1b gpipe")
+    parser.add_argument("--chunks", type=int, help="pieces of the model per stage, of interleaved (default 2)")
     parser.add_argument("--microbatches", type=int, default=8, help="a multiple of pipe (default 8)")
     parser.add_argument("--rows", type=int, default=1, help="of a microbatch on each device (default 1)")
     parser.add_argument("--sequence", type=int, help="tokens per row (default: 2048 on an accelerator, 128 on a CPU)")
@@ -77,8 +81,11 @@ def run(options: argparse.Namespace) -> int:
     count, sequence = options.microbatches, options.sequence or (2048 if accelerator else 128)
     rows = count * options.rows * layout.batch_shards
     plain = without_pipeline(layout, count)
-    piped = {name: scheduled(layout, name, count) for name in options.schedules}
-    longer = {name: scheduled(layout, name, _LONGER * count) for name in options.schedules}
+    if options.chunks is not None and not any(name.startswith("interleaved") for name in options.schedules):
+        raise ValueError(f"--chunks {options.chunks} is of the schedule interleaved, which --schedules does not name")
+    chunks = 2 if options.chunks is None else options.chunks
+    piped = {name: scheduled(layout, name, count, chunks) for name in options.schedules}
+    longer = {name: scheduled(layout, name, _LONGER * count, chunks) for name in options.schedules}
     print(f"{machine(device)}; {len(devices)}{'' if accelerator else ' fake'} devices")
     print(f"{model.describe(config)}; batch {rows} x {sequence}", flush=True)
 
@@ -89,10 +96,11 @@ def run(options: argparse.Namespace) -> int:
     seconds = interleaved(calls, options.repeats)
 
     print(f"no pipeline   {seconds['no pipeline'].show('ms', 1e3)}, {plain}")
-    expected = times(config, layout, sequence)
     for name, chosen in piped.items():
-        table = make_table(name, layout.pipe, count)
-        measured, simulated = bubble(seconds[name], seconds[f"{name}, longer"]), synchronous(table, expected)
+        assert chosen.pipeline is not None
+        table = make_table(chosen.pipeline.schedule, layout.pipe, count, chosen.pipeline.chunks)
+        measured = bubble(seconds[name], seconds[f"{name}, longer"])
+        simulated = synchronous(table, times(config, chosen, sequence))
         print(f"{name:13} {seconds[name].show('ms', 1e3)}, {chosen}, stash {table.stash_slots}")
         print(f"  ratio       {(seconds[name] / seconds['no pipeline']).show()}")
         print(f"  bubble      {measured.show('%', 100)} measured, {simulated.bubble_fraction:.1%} simulated")
@@ -101,15 +109,22 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def scheduled(layout: sl.Layout, schedule: str, microbatches: int) -> sl.Layout:
-    """`layout` under a schedule.
+def scheduled(layout: sl.Layout, name: str, microbatches: int, chunks: int = 2) -> sl.Layout:
+    """`layout` under a schedule, as the command names it.
 
     Raises:
-        LayoutError: it has no pipeline, or the schedule is not run.
+        LayoutError: it has no pipeline, or there is no such schedule.
     """
     if layout.pipe == 1:
         raise sl.LayoutError(f"the layout {layout} has no pipeline: set pipe to 2 or more")
-    return dataclasses.replace(layout, pipeline=sl.Pipeline(schedule=schedule, microbatches=microbatches))
+    schedule = name.removesuffix("-stored")
+    pipeline = sl.Pipeline(
+        schedule=schedule,
+        microbatches=microbatches,
+        chunks=chunks if schedule == "interleaved" else 1,
+        recompute=schedule == name != "zb-h1",
+    )
+    return dataclasses.replace(layout, pipeline=pipeline)
 
 
 def without_pipeline(layout: sl.Layout, microbatches: int) -> sl.Layout:
@@ -134,11 +149,21 @@ def without_pipeline(layout: sl.Layout, microbatches: int) -> sl.Layout:
 
 
 def times(config: sl.TransformerConfig, layout: sl.Layout, sequence: int) -> Times:
-    """FLOPs per token: of a stage's layers, whose forward backward makes again, and of the head."""
-    head = 6.0 * config.d_model * config.vocab_size
-    forward = (model_flops_per_token(config, sequence) - head) / 3 / layout.pipe
-    again = 2 if layout.remat == "full" else 1
-    return Times(forward=forward, backward=(2 + again) * forward, head=head)
+    """FLOPs per token: of a chunk's layers, whose forward backward may make again, and of the head."""
+    assert layout.pipeline is not None
+    head, pieces = 6.0 * config.d_model * config.vocab_size, layout.pipe * layout.pipeline.chunks
+    forward = (model_flops_per_token(config, sequence) - head) / 3 / pieces
+    scores = (
+        4.0 * config.num_layers * config.num_heads * config.head_dim * sequence / pieces
+    )  # no weight has part in it
+    again = layout.pipeline.recompute + (layout.remat == "full")
+    return Times(
+        forward=forward,
+        backward=(2 + again) * forward,
+        input_gradient=forward + scores,
+        weight_gradient=forward - scores,
+        head=head,
+    )
 
 
 def bubble(once: Sample, longer: Sample) -> Sample:

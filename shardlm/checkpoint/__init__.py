@@ -2,7 +2,8 @@
 
 A checkpoint is a folder:
 
-    metadata.json   the caller's metadata, a digest of each array, how layers are arranged, the size of each file
+    metadata.json   when and by how many processes it was saved, the caller's metadata, dtype, shape and digest of each
+                    array, how layers are arranged, size and hash of each file; the last line is a digest of the others
     state/          the arrays, written shard by shard by Orbax
 
 Arrays are stored under their path in the state (`params/embedding/table`). What layout they had is not used again: the
@@ -10,6 +11,8 @@ target of `restore` alone says which device gets what.
 """
 
 from .files import read_metadata, restore, save
+from .processes import SaveError
+from .record import DamagedCheckpoint
 from .run import Checkpoints
 
-__all__ = ["Checkpoints", "read_metadata", "restore", "save"]
+__all__ = ["Checkpoints", "DamagedCheckpoint", "SaveError", "read_metadata", "restore", "save"]

@@ -2,106 +2,184 @@
 
 import contextlib
 import os
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import orbax.checkpoint as ocp
-
-from .files import absolute, known_steps, read_metadata, reason, restore, save_args, steps_in
+from .files import read_metadata, restore
+from .lock import Lock
+from .processes import SaveError, errors_of_all, exchange, is_first
+from .record import DamagedCheckpoint, absolute, known_steps, read_record, steps_in
+from .retention import Retention
 from .rows import Rows
+from .write import Write, checked, remove, remove_leftovers
+
+ASIDE = ".damaged"  # what a folder's name ends in that `set_aside` has renamed
 
 
 class Checkpoints:
-    """The checkpoints of a run: one folder per step in `directory`, of which the last `keep` stay.
+    """The checkpoints of a run: one folder per step in `directory`, of which some stay.
 
     `save` returns as soon as the arrays have left the devices, and goes on in the background; every other method waits
-    for it first. A program must close() before it ends, or it loses a save still running: use `with`. After a kill at
-    any moment `latest` is complete, for a step gets its name last; what is half-written is removed by the next run's
-    first save. One run at a time may save to a directory; any number may read.
+    for it first. A program must close() before it ends, or it does not learn of a save that failed: use `with`. After a
+    kill at any moment `latest` is complete, for a step gets its name last; what is half-written is removed by the next
+    run's first save. One run at a time may save to a directory, from `claim` or its first save on until it closes or
+    dies; any number may read. In a run of several processes all of them call every method.
 
     Args:
         directory: created by the first save.
         keep: how many of the newest checkpoints stay; None keeps all.
+        keep_every: those of steps that this divides stay too, for good.
+        keep_best: so many with the lowest loss stay too, of those saved with one.
 
     Example:
-        >>> with Checkpoints("runs/a", keep=3) as checkpoints:
+        >>> with Checkpoints("runs/a", keep=3, keep_every=10_000) as checkpoints:
         ...     if (step := checkpoints.latest()) is not None:
         ...         state = checkpoints.restore(step, trainer)
         ...     checkpoints.save(int(state.step), state, {"tokens_seen": 1_000_000})
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int | None = 3):
-        if keep is not None and keep < 1:
-            raise ValueError(f"keep={keep}: expected how many checkpoints stay, at least 1, or None for all")
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        keep: int | None = 3,
+        keep_every: int | None = None,
+        keep_best: int | None = None,
+    ):
+        self.retention = Retention(keep, keep_every, keep_best)
         self.directory = absolute(directory)
-        self.keep = keep
-        self._manager: ocp.CheckpointManager | None = None
+        self._running: Write | None = None
+        self._lock: Lock | None = None
+        self._claimed = False
 
-    def save(self, step: int, state: Any, metadata: dict | None = None) -> None:
+    def claim(self) -> None:
+        """Makes the directory this run's to save to, and removes what killed runs have left unfinished in it.
+
+        Raises:
+            SaveError: it cannot be written to, or another run has claimed it.
+        """
+        if self._claimed:
+            return
+        error = None
+        if is_first():
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._lock = Lock(self.directory)
+                remove_leftovers(self.directory)
+            except OSError as caught:
+                error = caught
+        if text := errors_of_all(error):
+            self._release()
+            raise SaveError(f"cannot save to {self.directory}: {text}") from error
+        self._claimed = True
+
+    def save(self, step: int, state: Any, metadata: dict | None = None, *, loss: float | None = None) -> None:
         """Starts to save, once the previous save has ended; `state` may be donated as soon as this returns.
+
+        Args:
+            step: beyond the latest one.
+            state, metadata: see `shardlm.save`.
+            loss: what `keep_best` compares.
 
         Raises:
             ValueError: `step` is not beyond the latest one; `metadata` is not JSON.
             TypeError: a leaf of `state` is not a `jax.Array`.
-            RuntimeError: this save cannot be started, or the previous one failed.
+            SaveError: this save cannot be started, or the previous one failed. After either the next may be tried.
         """
         step = int(step)
         if step <= max(self.steps(), default=-1):
             where = f"{self.directory}{known_steps(self.directory)}"
             raise ValueError(f"cannot save step {step} to {where}: steps only go up; after going back use another")
-        args = save_args(state, metadata)
-        # Orbax's classic interface and not v1, which is still under `orbax.checkpoint.experimental`, where module paths
-        # move; both stand on the same code. Opened here and not before, because it removes unfinished saves, which to a
-        # mere reader may be another run's work.
-        policy = ocp.checkpoint_managers.LatestN(self.keep)
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
-        self._manager = self._manager or ocp.CheckpointManager(self.directory, options=options)
-        with self._errors_of_saving():
-            self._manager.save(step, args=args, force=True)
+        arrays, record = checked(state, metadata)
+        self.claim()
+        record |= {"step": step, "loss": loss}
+        self._running = Write(self.directory / str(step), arrays, record, after=self._remove_surplus)
 
     def steps(self) -> list[int]:
-        """Returns the steps that have a checkpoint, ascending."""
+        """Returns the steps that have a checkpoint, ascending; any of them may turn out to be damaged."""
         self.wait()
-        return steps_in(self.directory)
+        return exchange(steps_in(self.directory))[0]
 
     def latest(self) -> int | None:
-        """Returns the last step that has a checkpoint, always a complete one; None if there is none."""
+        """Returns the last step that has a checkpoint; None if there is none."""
         return max(self.steps(), default=None)
 
-    def restore(self, step: int, target: Any, *, rows: Rows | None = None) -> Any:
+    def restore(
+        self,
+        step: int,
+        target: Any,
+        *,
+        only: str | None = None,
+        mapping: Mapping[str, str | None] | None = None,
+        ignore: Sequence[str] = (),
+        rows: Rows | None = None,
+    ) -> Any:
         """Loads the checkpoint of `step`, as `shardlm.restore` does."""
         self.wait()
-        return restore(self.directory / str(step), target, rows=rows)
+        return restore(self.directory / str(step), target, only=only, mapping=mapping, ignore=ignore, rows=rows)
 
     def metadata(self, step: int) -> dict:
         """Returns the metadata saved with `step`, as `read_metadata` does."""
         self.wait()
         return read_metadata(self.directory / str(step))
 
+    def set_aside(self, step: int) -> str:
+        """Renames the folder of a damaged `step`, so that the run may come to it again; returns the new name."""
+        self.claim()
+        path, error, name = self.directory / str(step), None, ""
+        try:
+            if is_first():
+                number = 1
+                while (to := self.directory / f"{step}{ASIDE}{'' if number == 1 else f'-{number}'}").exists():
+                    number += 1
+                path.rename(to)
+                name = to.name
+        except OSError as caught:
+            error = caught
+        if text := errors_of_all(error):
+            raise SaveError(f"the damaged {path} could not be renamed: {text}") from error
+        return exchange(name)[0]
+
     def wait(self) -> None:
-        """Returns when no save is running. Raises RuntimeError if it failed."""
-        if self._manager is not None:
-            with self._errors_of_saving():
-                self._manager.wait_until_finished()
+        """Returns when no save is running. Raises SaveError if it failed."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.wait()
 
     def close(self) -> None:
-        """Waits for a running save and ends the threads behind it."""
-        self.wait()
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+        """Waits for a running save, and lets other runs save here."""
+        try:
+            self.wait()
+        finally:
+            self._release()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
-
-    @contextlib.contextmanager
-    def _errors_of_saving(self):
+    def __exit__(self, kind: type[BaseException] | None, *exception) -> None:
+        if kind is None:
+            self.close()
+            return
+        # The other processes may be elsewhere, as the error may be this one's alone: they are told nothing.
         try:
-            yield
-        except Exception as error:
-            manager, self._manager = self._manager, None
-            with contextlib.suppress(Exception):  # it may raise the same once more
-                cast(ocp.CheckpointManager, manager).close()
-            raise RuntimeError(f"a save to {self.directory} failed: {reason(error)}") from error
+            if self._running is not None:
+                self._running.join()
+        finally:
+            self._running = None
+            self._release()
+
+    def _remove_surplus(self) -> None:
+        """Removes what is not to stay. What is seen to be damaged stays, and is not counted."""
+        losses: dict[int, float | None] = {}
+        if self.retention.keep is None:
+            return
+        for step in steps_in(self.directory):
+            with contextlib.suppress(DamagedCheckpoint, ValueError, OSError):
+                losses[step] = read_record(self.directory / str(step)).get("loss")
+        for step in self.retention.surplus(losses):
+            with contextlib.suppress(OSError):  # a full or read-only disk is said by the save that meets it
+                remove(self.directory / str(step))
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+        self._lock, self._claimed = None, False

@@ -1,9 +1,11 @@
 """Assertions for tests of your own: what a step may send and keep. Each names what broke the budget, and its line."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from shardlm.inspect.ledger import Entry, Ledger, total_bytes
+from shardlm.inspect.ledger import KINDS, Entry, Ledger, total_bytes
 from shardlm.inspect.report import Report
+from shardlm.inspect.walk import Place, at, equations, inside
 
 Subject = Report | Ledger
 
@@ -62,6 +64,43 @@ def assert_fits(report: Report, memory: float | None = None) -> None:
             f"the step needs {report.peak:,} bytes on each device at {report.memory.where}, "
             f"{report.peak - limit:,.0f} more than the {limit:,.0f} there are{hints}"
         )
+
+
+def assert_uniform_branches(jaxpr: Any) -> None:
+    """Whether a device communicates is decided alike on all of them.
+
+    A device that takes a branch with a collective, while others that it communicates with do not, waits for ever: so no
+    conditional around a collective, nor a loop's end, may depend on what differs between devices. JAX knows over which
+    mesh axes each array in `shard_map` varies, with its default of `check_vma=True`; that is what is looked at.
+
+    Args:
+        jaxpr: a traced program, of `jax.make_jaxpr`.
+
+    Raises:
+        AssertionError: a predicate varies over an axis, or cannot be known, as `check_vma=False`.
+
+    Example:
+        >>> assert_uniform_branches(jax.make_jaxpr(trainer.step_function)(trainer.abstract_state, batch))
+    """
+    wrong = list(_devices_decide(jaxpr, Place(), None))
+    if wrong:
+        raise AssertionError("devices may take different branches, and wait for each other for ever: " + "".join(wrong))
+
+
+def _devices_decide(jaxpr: Any, place: Place, region: Any) -> Iterator[str]:
+    """What is wrong in a program; `region` are the parameters of the `shard_map` around it, if there is one."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, here = equation.primitive.name, at(equation, place)
+        programs = list(inside(equation, here))
+        if name in ("cond", "while") and region is not None:
+            moved = {KINDS.get(e.primitive.name) for program, _ in programs for e, _ in equations(program)} - {None}
+            flag = equation.invars[0] if name == "cond" else equation.params["cond_jaxpr"].jaxpr.outvars[0]
+            varies = [axis for axis in flag.aval.manual_axis_type.varying if region["mesh"].shape[axis] > 1]
+            if moved and (varies or not region["check_vma"]):
+                why = f"varies over {', '.join(sorted(varies))}" if varies else "may vary: check_vma=False"
+                yield f"\n  - {here.source}: {' and '.join(sorted(map(str, moved)))} in a {name} whose predicate {why}"
+        for program, around in programs:
+            yield from _devices_decide(program, around, equation.params if name == "shard_map" else region)
 
 
 def _select(subject: Subject, kind: str | None, axis: str | None) -> Sequence[Entry]:

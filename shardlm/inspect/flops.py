@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from shardlm.inspect.walk import equations
+from shardlm.inspect.walk import Place, equations
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Flops:
         backward: of the backward pass, without what it recomputes.
         recomputed: what backward makes again because `remat` kept it out of memory.
         update: of the optimizer's own matrix products (Muon's); 0 for AdamW.
+        masked: what a stage of a pipeline computes where it has no microbatch, or no layer; dropped.
         endless: whether some are in a `while` loop, and so counted once although it may run more often.
     """
 
@@ -31,17 +32,18 @@ class Flops:
     backward: float = 0.0
     recomputed: float = 0.0
     update: float = 0.0
+    masked: float = 0.0
     endless: bool = False
 
     @property
     def model(self) -> float:
-        """Forward and backward, nothing recomputed: what utilisation (MFU) counts."""
+        """Forward and backward, nothing recomputed or dropped: what utilisation (MFU) counts."""
         return self.forward + self.backward
 
     @property
     def total(self) -> float:
         """All that the device computes: what hardware utilisation (HFU) counts."""
-        return self.model + self.recomputed + self.update
+        return self.model + self.recomputed + self.update + self.masked
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any, num_devices: int = 1) -> Flops:
@@ -55,19 +57,28 @@ def count_flops(function: Callable[..., Any], *arguments: Any, num_devices: int 
     return of(jax.make_jaxpr(function)(*arguments), num_devices)
 
 
-def of(jaxpr: Any, num_devices: int) -> Flops:
-    """Count a traced program, which `jax.make_jaxpr` gives, laid out over `num_devices` devices."""
-    sums = {"forward": 0.0, "backward": 0.0, "recomputed": 0.0, "update": 0.0}
+def of(jaxpr: Any, num_devices: int, used: Callable[[Place], float] = lambda place: 1.0) -> Flops:
+    """Count a traced program, which `jax.make_jaxpr` gives, laid out over `num_devices` devices.
+
+    Args:
+        jaxpr: see there.
+        num_devices: see there.
+        used: of what is computed at a place, which part is not dropped.
+    """
+    sums = {"forward": 0.0, "backward": 0.0, "recomputed": 0.0, "update": 0.0, "masked": 0.0}
     endless = False
     for equation, place in equations(jaxpr):
-        count = _of_equation(equation) * place.times
+        count = of_equation(equation) * place.times / (1 if place.mesh else num_devices)
         if count:
-            sums["recomputed" if place.recomputed else place.phase] += count / (1 if place.mesh else num_devices)
+            part = used(place)
+            sums["recomputed" if place.recomputed else place.phase] += count * part
+            sums["masked"] += count * (1 - part)
             endless = endless or place.endless
     return Flops(**sums, endless=endless)
 
 
-def _of_equation(equation: Any) -> float:
+def of_equation(equation: Any) -> float:
+    """FLOPs of one operation as its operands are."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         left, out = equation.invars[0].aval, equation.outvars[0].aval

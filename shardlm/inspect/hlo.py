@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from jax.sharding import Mesh
 
+from shardlm.inspect.walk import TAKEN
+
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _DTYPES = {
     "f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16", "pred": "bool",
@@ -127,7 +129,10 @@ class _Reader:
                 trips = self.trips(instruction, body)
                 for called in instruction.called:
                     self.walk(called, times * trips)
-            elif opcode in ("call", "conditional", "fusion", "async-start", "custom-call"):
+            elif opcode == "conditional":
+                for called in instruction.called:
+                    self.walk(called, self.taken(called, times))
+            elif opcode in ("call", "fusion", "async-start", "custom-call"):
                 target = re.search(r'custom_call_target="([^"]*)"', instruction.line)
                 named = "" if target is None else target[1]
                 known = named in ("AsyncCollectiveStart", "AsyncCollectiveDone")
@@ -139,6 +144,12 @@ class _Reader:
                     self.count(instruction, times, scattered="all-reduce-scatter" in name)
             elif not _ENDS.search(opcode):
                 assert not _LOOKS_LIKE_ONE.search(opcode), f"unknown communication: {instruction.line}"
+
+    def taken(self, branch: str, times: int) -> int:
+        """How often a branch runs of `times`: as a named scope around what is in it says, else always."""
+        lines = (instruction.line for instruction in self.bodies[branch].instructions.values())
+        match = next(filter(None, map(TAKEN.search, lines)), None)
+        return times * int(match[1]) // int(match[2]) if match else times
 
     def check(self) -> None:
         """Nothing was left out."""

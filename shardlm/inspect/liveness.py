@@ -6,7 +6,8 @@ no device and no compiler:
 - What only rearranges, or acts element by element, is *fused* into its users and takes no memory of its own. Matrix
   products, collectives, reductions, gathers and loops write their results to memory and read their operands from it. So
   is what is costly (exp, division, ...) and used more than once.
-- A result may take the place of an operand of its size that nothing needs any more; a loop's carry is such a result.
+- A result may take the place of an operand of its size that nothing needs any more; a loop's carry is such a result,
+  outside the loop and from one iteration to the next. A conditional's branch is as if it stood there.
 - What a loop stacks is there from its first iteration to the last use of the stack.
 - A collective along any dim but the first needs a transposed copy while it runs.
 
@@ -37,6 +38,8 @@ _IN_PLACE = {"psum", "psum_invariant", "pmax", "ppermute", "scatter", "scatter-a
 _VIEWS = {
     "reshape", "squeeze", "expand_dims", "pcast", "pvary", "copy", "name", "sharding_constraint", "stop_gradient",
 }  # fmt: skip
+_REGIONS = {"scan", "while", "cond", "shard_map"}
+_WHOLE_VIEWS = {"slice", "dynamic_slice", "broadcast_in_dim"}  # where they keep every element, once
 _COSTLY = {"exp", "exp2", "log", "tanh", "logistic", "div", "rsqrt", "sqrt", "pow", "integer_pow", "erf", "sin", "cos"}
 _ATTENTION = "dot_product_attention"  # how the names of cuDNN's operations begin
 
@@ -69,7 +72,7 @@ class _Variable:
     aval: Any
     uses: int = 0
     left: int = 0
-    reads: "tuple[_Buffer, ...] | None" = None
+    reads: Any = None  # a tuple of buffers, once it is there
     buffer: "_Buffer | None" = None
 
     @property
@@ -80,12 +83,16 @@ class _Variable:
 
 @dataclass(eq=False)
 class _Buffer:
-    """Memory of one array. Not `owned` is what the caller gave, or what another array has taken over."""
+    """Memory of one array. Not `owned` is what the caller gave, or what another array has taken over.
+
+    A loop's carry is `lent` to its body, which may write the next one there: it stays when nothing needs it any more.
+    """
 
     size: int
     owned: bool
     users: int = 0
     kept: bool = False
+    lent: bool = False
 
 
 @dataclass
@@ -122,7 +129,7 @@ class _Memory:
             buffer.users -= 1
             if buffer.users == 0 and buffer.owned:
                 buffer.owned = False
-                self.now -= buffer.size
+                self.now -= 0 if buffer.lent else buffer.size
                 self.kept -= buffer.size if buffer.kept else 0
 
 
@@ -191,7 +198,9 @@ def _inline(jaxpr: Any, inputs: list[_Variable | None], place: Place, program: _
         here = at(equation, place)
         operands = [read(atom) for atom in equation.invars]
         name = equation.primitive.name
-        called = list(inside(equation, here)) if name not in ("scan", "while", "cond", "shard_map") else []
+        # Compilers inline a loop of one iteration; what it takes and stacks is as large as what its body does.
+        once = name == "scan" and equation.params["length"] == 1
+        called = list(inside(equation, here)) if once or name not in _REGIONS else []
         if called:
             results = _inline(called[0][0], operands, called[0][1], program)
         else:
@@ -201,20 +210,31 @@ def _inline(jaxpr: Any, inputs: list[_Variable | None], place: Place, program: _
     return [read(atom) for atom in inner.outvars]
 
 
-def _run(program: _Program, place: Place) -> _Memory:
+def _run(program: _Program, place: Place, lent: slice = slice(0, 0)) -> _Memory:
     memory = _Memory()
-    everything = [v for _, operands, results, _ in program.operations for v in (*operands, *results)]
-    for variable in {id(v): v for v in everything if v is not None}.values():
-        variable.left = variable.uses
-    for variable in [*program.inputs, *program.constants]:
-        variable.buffer = _Buffer(variable.size, owned=False, users=1)
-        variable.reads = (variable.buffer,)
+    _start(program)
+    for variable in program.inputs[lent]:
+        variable.reads = memory.hold((_Buffer(variable.size, owned=True, lent=True),))
+        variable.buffer = variable.reads[0]
+        if not variable.uses:
+            memory.release(variable.reads)
     for equation, operands, results, here in program.operations:
         _execute(equation, operands, results, here, memory)
     for variable in program.results:
         if variable is not None and variable.reads is not None:
             _materialise(variable, memory, place.source)
     return memory
+
+
+def _start(program: _Program) -> None:
+    """Sets every array to where nothing has run; inputs and constants are there, and not the program's own."""
+    everything = [v for _, operands, results, _ in program.operations for v in (*operands, *results)]
+    everything += [*program.inputs, *program.results]
+    for variable in {id(v): v for v in everything if v is not None}.values():
+        variable.left, variable.reads, variable.buffer = variable.uses, None, None
+    for variable in [*program.inputs, *program.constants]:
+        variable.buffer = _Buffer(variable.size, owned=False, users=1)
+        variable.reads = (variable.buffer,)
 
 
 def _execute(equation: Any, operands: list[Any], results: list[Any], here: Place, memory: _Memory) -> None:
@@ -224,10 +244,12 @@ def _execute(equation: Any, operands: list[Any], results: list[Any], here: Place
     whole = name in _READS or name.startswith(_ATTENTION)
     if whole or name in _IN_PLACE:
         for variable in read if whole else read[:1]:
-            _materialise(variable, memory, here.source, dying=variable in last)
-    if name in ("scan", "while", "cond", "shard_map"):
+            _materialise(variable, memory, here.source)
+    if name == "cond":
+        _branch(equation, operands, results, here, memory, last)
+    elif name in ("scan", "while", "shard_map"):
         _loop(equation, operands, results, here, memory, last)
-    elif name in _VIEWS and operands[0] is not None:
+    elif operands and operands[0] is not None and _is_view(equation):
         results[0].reads, results[0].buffer = memory.hold(operands[0].reads), operands[0].buffer
     elif name in _WRITES or whole:
         copy = _transposed_copy(equation)
@@ -262,11 +284,40 @@ def _loop(equation: Any, operands: list, results: list, here: Place, memory: _Me
         taken = _take_over(variable.size, [source], memory) if source in last else None
         stacked = name == "scan" and i >= carries and here.phase == "forward"
         _own(variable, taken, memory, here.source, kept=stacked)
+    lent = slice(constants, constants + carries) if name == "scan" else slice(0, 0)
     inner = max(
-        (_run(_flatten(program, around), around) for program, around in inside(equation, here)), key=lambda m: m.peak
+        (_run(_flatten(program, around), around, lent) for program, around in inside(equation, here)),
+        key=lambda m: m.peak,
     )
     memory.reach(memory.now + inner.peak, inner.where, memory.kept + inner.kept_at_peak)
     memory.largest = max(memory.largest, inner.largest)
+
+
+def _branch(equation: Any, operands: list, results: list, here: Place, memory: _Memory, last: list[_Variable]) -> None:
+    """The branch that needs most, in the conditional's place: it may overwrite what nothing needs afterwards."""
+    programs = [_flatten(program, around) for program, around in inside(equation, here)]
+    program = max(programs, key=lambda program: _run(program, here).peak)
+    _start(program)
+    for variable, given in zip(program.inputs, operands[1:], strict=True):
+        variable.buffer = _Buffer(variable.size, owned=False) if given is None else given.buffer
+        variable.reads = memory.hold((variable.buffer,) if given is None else given.reads)
+    for variable in last:
+        memory.release(variable.reads)
+        variable.reads = ()
+    for variable in program.inputs:
+        if not variable.uses:
+            memory.release(variable.reads)
+    for inner, operands, made, place in program.operations:
+        _execute(inner, operands, made, place, memory)
+    for outer, variable in zip(results, program.results, strict=True):
+        if variable is None:
+            _own(outer, None, memory, here.source)
+            continue
+        _materialise(variable, memory, here.source)
+        outer.reads, outer.buffer = memory.hold(variable.reads), variable.buffer
+        variable.left -= 1
+        if variable.left == 0:
+            memory.release(variable.reads)
 
 
 def _counts(scan: Any) -> tuple[int, int]:
@@ -277,34 +328,41 @@ def _counts(scan: Any) -> tuple[int, int]:
     return sum(same) - carries, carries
 
 
-def _materialise(variable: _Variable, memory: _Memory, where: str, dying: bool = False) -> None:
-    """Write to memory what so far was to be fused into its users."""
+def _materialise(variable: _Variable, memory: _Memory, where: str) -> None:
+    """Write to memory what so far was to be fused into its users: over one of its operands that nothing else needs."""
     if variable.buffer is not None:
         return
     reads = variable.reads
     assert reads is not None
-    taken = next((b for b in reads if dying and b.owned and b.size == variable.size and b.users == 1), None)
+    taken = next((b for b in reads if b.owned and b.size == variable.size and b.users == 1), None)
     if taken is not None:
         taken.owned = False
-        variable.buffer = _Buffer(variable.size, True, kept=taken.kept)
+        variable.buffer = _Buffer(variable.size, True, kept=taken.kept, lent=taken.lent)
     else:
         variable.buffer = memory.allocate(variable.size, _shape(variable), where)
     variable.reads = memory.hold((variable.buffer,))
     memory.release(reads)
 
 
-def _take_over(size: int, candidates: list[_Variable], memory: _Memory) -> _Buffer | None:
+def _take_over(size: int, candidates: list[Any], memory: _Memory) -> _Buffer | None:
     for variable in candidates:
         buffer = variable.buffer
-        if buffer is not None and buffer.owned and buffer.size == size and buffer.users == 1:
+        # What else reads it may be fused into the operation, as the part that an update in place leaves as it was.
+        readers = sum(buffer in other.reads for other in candidates)
+        if buffer is not None and buffer.owned and buffer.size == size and buffer.users == readers:
             buffer.owned = False
-            return _Buffer(size, True, kept=buffer.kept)
+            return _Buffer(size, True, kept=buffer.kept, lent=buffer.lent)
     return None
 
 
 def _own(variable: _Variable, taken: _Buffer | None, memory: _Memory, where: str, kept: bool = False) -> None:
     variable.buffer = taken or memory.allocate(variable.size, _shape(variable), where, kept)
     variable.reads = memory.hold((variable.buffer,))
+
+
+def _is_view(equation: Any) -> bool:
+    name, given, made = equation.primitive.name, equation.invars[0].aval, equation.outvars[0].aval
+    return name in _VIEWS or (name in _WHOLE_VIEWS and elements(given) == elements(made))
 
 
 def _transposed_copy(equation: Any) -> int:

@@ -46,6 +46,8 @@ def sections(report: Any) -> list[Section]:
     parts = [title, _memory(report)]
     if report.remat:
         parts.append(_remat(report))
+    if report.pipeline is not None:
+        parts += report.pipeline.sections(report.flops.masked)
     parts += [_communication(report), _ledger(report), _flops(report)]
     if report.timeline is not None:
         parts.append(_timeline(report))
@@ -131,6 +133,7 @@ def as_dict(report: Any) -> dict[str, Any]:
         },
         "ledger": [_fields(e) | {"bytes": e.bytes, "added": e in report.ledger.added} for e in report.ledger],
         "theory": None if report.theory is None else [_fields(line) for line in report.theory],
+        "pipeline": None if report.pipeline is None else _fields(report.pipeline),
         "remat": {name: {"peak": peak, "recomputed": again} for name, (peak, again) in report.remat.items()},
         "advice": list(report.advice),
         "notes": list(report.notes),
@@ -183,6 +186,11 @@ def _text(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
+def percent(value: float | None) -> str:
+    """A ratio: "36.4%"."""
+    return "-" if value is None else f"{value:.1%}"
+
+
 def flop(value: float) -> str:
     """FLOPs: "1.08 PFLOP"."""
     return _scaled(value, "FLOP")
@@ -204,6 +212,8 @@ QUANTITIES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], str]]] = {
     },
     "model FLOPs": (lambda report: report.flops.model, flop),
     "recomputed": (lambda report: report.flops.recomputed, flop),
+    "on masked arrays": (lambda report: report.flops.masked, flop),
+    "bubble, of the ideal time": (lambda report: report.pipeline and report.pipeline.bubble, percent),
     "arithmetic": (_time("arithmetic"), seconds),
     "step, all overlapping": (_time("overlapped"), seconds),
     "step, nothing overlapping": (_time("serial"), seconds),
@@ -303,6 +313,8 @@ def _flops(report: Any) -> Section:
         rows.append(("recomputed in backward", flop(flops.recomputed)))
     if flops.update:
         rows.append(("update", flop(flops.update)))
+    if flops.masked:
+        rows.append(("on masked arrays", flop(flops.masked)))
     rows.append(("all", flop(flops.total)))
     return Section("arithmetic of one device in one step", ("", ">matrix products"), tuple(rows))
 

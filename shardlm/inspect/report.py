@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardlm.inspect import advice, flops, hardware, hlo, ledger, memory, render, theory, timeline
+from shardlm.inspect import advice, flops, hardware, hlo, ledger, memory, pipeline, render, theory, timeline
 from shardlm.inspect.flops import Flops
 from shardlm.inspect.hardware import Hardware
 from shardlm.inspect.ledger import Ledger, total_bytes
 from shardlm.inspect.memory import Memory
+from shardlm.inspect.pipeline import PipelineCost
 from shardlm.inspect.program import Program
 from shardlm.inspect.theory import Expected
 from shardlm.inspect.timeline import Timeline
@@ -32,9 +33,11 @@ class Report:
         memory, flops, ledger: see there. The ledger of a program that the compiler partitions is empty unless it was
             compiled.
         theory: what the textbook says has to be sent; None where there is no textbook (a user's module).
+        pipeline: bubble, stashed inputs, and what is sent between stages; None without a pipeline.
         timeline: seconds on the hardware; None where none was given.
         remat: for each recomputation policy, peak bytes and recomputed FLOPs; empty for a user's module.
-        advice: what would make it fit, or what would be cheaper; empty where no hardware was given.
+        advice: what would make it fit, or what would be cheaper; empty where no hardware was given. That on the bubble
+            is in `pipeline`.
         notes: what a reader must know.
         parameters: by path: shape, dtype, and the axes that split each dim.
     """
@@ -50,6 +53,7 @@ class Report:
     flops: Flops
     ledger: Ledger
     theory: tuple[Expected, ...] | None
+    pipeline: PipelineCost | None
     timeline: Timeline | None
     remat: Mapping[str, tuple[int, float]]
     advice: tuple[str, ...]
@@ -199,7 +203,7 @@ def of(
     """
     known = None if on is None else hardware.get(on)
     peak_of = memory.of(program)
-    traced, counted = ledger.of(program.jaxpr), flops.of(program.jaxpr, program.num_devices)
+    traced, counted = ledger.of(program.jaxpr), flops.of(program.jaxpr, program.num_devices, pipeline.used(program))
     notes = program.notes
     if compiled:
         if program.compiled is None:
@@ -215,10 +219,10 @@ def of(
         notes = (*notes, "the compiler decides what is sent and kept: make the report with compile=True to see it")
     if any(entry.endless for entry in traced) or counted.endless:
         notes = (*notes, "the step has a while loop, whose length no trace knows: what is in it is counted once")
-    textbook = None
-    if program.manual and program.sequence is not None and program.layout.pipe == 1:
+    textbook, piped, times = None, None, None
+    if program.manual and program.sequence is not None:
         textbook = theory.expected(program.config, program.layout, program.splits, program.batch_size, program.sequence)
-    times = None
+        piped = advice.with_bubble(program, pipeline.of(program, textbook))
     if known is not None:
         times = timeline.estimate(program.jaxpr, counted, traced, peak_of.state, known, program.sizes, program.dtype)
     others, hints = {}, ()
@@ -238,6 +242,7 @@ def of(
         flops=counted,
         ledger=traced,
         theory=textbook,
+        pipeline=piped,
         timeline=times,
         remat=others,
         advice=hints,

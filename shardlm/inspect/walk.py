@@ -6,13 +6,13 @@ A jaxpr is what JAX traces before any compiler sees it: the same on a laptop and
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 # A branch of a conditional may say in how many of the loop's iterations it is taken, by
 # `jax.named_scope("taken_6_of_9")`.
-_TAKEN = re.compile(r"taken_(\d+)_of_(\d+)")
+TAKEN = re.compile(r"taken_(\d+)_of_(\d+)")
 PHASES = ("forward", "backward", "update")
 _CALLS = {
     "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_vjp_call", "custom_jvp_call",
@@ -31,6 +31,7 @@ class Place:
         branch: the branches of conditionals around it, as in "train.py:12 branch 1 of 2"; empty where there are none.
         phase: "forward", "backward" or "update".
         recomputed: whether it makes again, in backward, what was made in forward.
+        taken: how often the branch around it is taken, where it says so; None elsewhere.
         endless: whether it is inside a `while` loop, whose length no trace knows; `times` counts it once.
         mesh: the mesh of the fully manual region around it, in which shapes are per device; None outside.
         source: "file.py:12" of the line that asked for it, the nearest one outside JAX.
@@ -40,6 +41,7 @@ class Place:
     branch: tuple[str, ...] = ()
     phase: str = "forward"
     recomputed: bool = False
+    taken: int | None = None
     endless: bool = False
     mesh: Any = None
     source: str = "?"
@@ -54,24 +56,49 @@ def equations(jaxpr: Any, place: Place = Place()) -> Iterator[tuple[Any, Place]]
         jaxpr: a `jax.extend.core.ClosedJaxpr` (of `jax.make_jaxpr`) or `Jaxpr`.
         place: what surrounds it.
     """
-    for equation in _needed(getattr(jaxpr, "jaxpr", jaxpr)):
+    return _equations(jaxpr, [True] * len(getattr(jaxpr, "jaxpr", jaxpr).outvars), place)
+
+
+def _equations(jaxpr: Any, results: Sequence[bool], place: Place) -> Iterator[tuple[Any, Place]]:
+    for equation, used in _needed(jaxpr, results)[0]:
         here = at(equation, place)
         inner = list(inside(equation, here))
         if not inner:
             yield equation, here
         for program, around in inner:
-            yield from equations(program, around)
+            outs = getattr(program, "jaxpr", program).outvars
+            yield from _equations(program, used if _passes_on(equation) else [True] * len(outs), around)
 
 
-def _needed(jaxpr: Any) -> list[Any]:
-    needed, kept = set(map(id, jaxpr.outvars)), []
-    for equation in reversed(jaxpr.eqns):
+def _needed(jaxpr: Any, results: Sequence[bool]) -> tuple[list[tuple[Any, list[bool]]], list[bool]]:
+    """The equations that some of the results need, each with which of its own are; and which inputs they need."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    needed = {id(v) for v, used in zip(inner.outvars, results, strict=True) if used}
+    kept = []
+    for equation in reversed(inner.eqns):
         # A collective's effect is that it names an axis; without a user it is as dead as any other operation.
         acts = any(type(effect).__name__ != "NamedAxisEffect" for effect in equation.effects)
-        if acts or not needed.isdisjoint(map(id, equation.outvars)):
-            kept.append(equation)
-            needed.update(map(id, equation.invars))
-    return kept[::-1]
+        used = [acts or id(v) in needed for v in equation.outvars]
+        if acts or any(used):
+            kept.append((equation, used))
+            needed.update(map(id, _reads(equation, used)))
+    return kept[::-1], [id(v) in needed for v in inner.invars]
+
+
+def _passes_on(equation: Any) -> bool:
+    """Whether its operands and results are, one by one, those of the programs that it runs."""
+    once = equation.primitive.name == "scan" and equation.params["length"] == 1  # which compilers inline
+    return once or equation.primitive.name in _CALLS | {"cond", "shard_map"}
+
+
+def _reads(equation: Any, used: list[bool]) -> list[Any]:
+    """The operands that the used results need."""
+    if not _passes_on(equation):
+        return equation.invars
+    programs = [_needed(program, used)[1] for program, _ in inside(equation, Place())]
+    read = [any(of_each) for of_each in zip(*programs, strict=True)]
+    predicate = len(equation.invars) - len(read)  # of a conditional
+    return equation.invars[:predicate] + [v for v, r in zip(equation.invars[predicate:], read, strict=True) if r]
 
 
 def inside(equation: Any, here: Place) -> Iterator[tuple[Any, Place]]:
@@ -105,12 +132,14 @@ def at(equation: Any, place: Place) -> Place:
     if "transpose(" in stack:
         phase = "backward"
     recomputed = place.recomputed or "rematted_computation" in stack
-    times, branch = place.times, place.branch
-    if branch and (match := _TAKEN.search(stack)):
-        times, branch = times * int(match[1]) // int(match[2]), branch[:-1]
+    times, branch, taken = place.times, place.branch, place.taken
+    if branch and (match := TAKEN.search(stack)):
+        times, branch, taken = times * int(match[1]) // int(match[2]), branch[:-1], int(match[1])
     line, helper = _source(equation)
     source = line or (place.source if place.source != "?" else helper or "?")
-    return dataclasses.replace(place, times=times, branch=branch, phase=phase, recomputed=recomputed, source=source)
+    return dataclasses.replace(
+        place, times=times, branch=branch, phase=phase, recomputed=recomputed, taken=taken, source=source
+    )
 
 
 def _source(equation: Any) -> tuple[str | None, str | None]:

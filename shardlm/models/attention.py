@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from shardlm.models.cache import CacheVisibility, LayerCache
 from shardlm.models.config import Norm, TransformerConfig
 from shardlm.models.kernel import Kernel, tokenwise
 from shardlm.models.norm import Normalize
@@ -58,7 +59,7 @@ def attend(
     q_BQSD: Array,
     k_BKSD: Array,
     v_BKSD: Array,
-    visibility: Visibility,
+    visibility: Visibility | CacheVisibility,
     scale: float,
     soft_cap: float | None,
     rows: Array | None = None,
@@ -194,7 +195,33 @@ class SelfAttention(nnx.Module):
             rotation: cosines and sines of `rope.rotations`; None without rotary positions.
         """
         c = self.config
-        h = tensor.enter(x)
+        q, k, v = self._project(tensor.enter(x), rotation)
+        if c.attention.implementation == "cudnn":
+            o = attend_cudnn(q, k, v, visibility, self._scale)
+        else:
+            plain = attend_chunked if c.attention.implementation == "chunked" else attend
+            o = plain(q, k, v, visibility, self._scale, c.attention.soft_cap)
+        return self._combine(o, like=x)
+
+    def extend(self, x: Array, cache: LayerCache, rotation: tuple[Array, Array] | None) -> tuple[Array, LayerCache]:
+        """Attend from new tokens x[batch, sequence, embed] to what the cache holds and to themselves.
+
+        In plain XLA whatever `implementation` says: the queries are few.
+
+        Returns:
+            What a call returns, and the cache with the new tokens.
+        """
+        q, k, v = self._project(tensor.enter(x), rotation)
+        cache = cache.add(k, v)
+        o = attend(q, *cache.read(), cache.visibility, self._scale, self.config.attention.soft_cap)
+        return self._combine(o, like=x), cache
+
+    @property
+    def _scale(self) -> float:
+        c = self.config
+        return c.head_dim**-0.5 if c.attention.scale is None else c.attention.scale
+
+    def _project(self, h: Array, rotation: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
         q = self.query(h).swapaxes(1, 2)
         held = q.shape[1]
         k = self._kv_heads(self.key, h, held)
@@ -203,13 +230,10 @@ class SelfAttention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        scale = c.head_dim**-0.5 if c.attention.scale is None else c.attention.scale
-        if c.attention.implementation == "cudnn":
-            o = attend_cudnn(q, k, v, visibility, scale)
-        else:
-            plain = attend_chunked if c.attention.implementation == "chunked" else attend
-            o = plain(q, k, v, visibility, scale, c.attention.soft_cap)
-        return self.output.add_bias(tensor.leave(self.output.product(o.swapaxes(1, 2), dims=2), like=x))
+        return q, k, v
+
+    def _combine(self, o: Array, like: Array) -> Array:
+        return self.output.add_bias(tensor.leave(self.output.product(o.swapaxes(1, 2), dims=2), like=like))
 
     def _kv_heads(self, projection: Kernel, h: Array, query_heads: int) -> Array:
         group = self.config.num_heads // self.config.num_kv_heads

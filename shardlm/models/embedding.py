@@ -28,10 +28,24 @@ class PositionTable(nnx.Module):
         self.table = parameter.normal(rngs, (None, "embed"), shape, config.init_std, config.param_dtype)
 
 
-def look_up(table: Array, ids: Array, vocab_size: int) -> Array:
-    """Partial embeddings of `ids` (see `tensor.embed`); an id outside the vocabulary gives NaN, no wrong vector."""
-    rows = tensor.embed(table, ids)
-    return jnp.where(((ids >= 0) & (ids < vocab_size))[..., None], rows, jnp.nan)
+def look_up(table: Array, ids: Array, config: TransformerConfig, split: bool) -> Array:
+    """The vectors of `ids` in the computation's dtype; an id outside the vocabulary gives NaN, no wrong vector.
+
+    Args:
+        table: [the vocabulary held here, embed].
+        ids: int32[batch, sequence].
+        config: the model's.
+        split: whether the result is split along its sequence over the tensor axis.
+    """
+    axes = tensor.vocabulary(config.padded_vocab_size, table.shape[0])
+    rows = tensor.embed(table, ids, axes)
+    known = (ids >= 0) & (ids < config.vocab_size)
+    return tensor.sum_embedding(jnp.where(known[..., None], rows, jnp.nan).astype(config.dtype), split, axes)
+
+
+def cross_entropy(logits: Array, targets: Array, config: TransformerConfig) -> Array:
+    """`tensor.cross_entropy` of `logits`' result."""
+    return tensor.cross_entropy(logits, targets, tensor.vocabulary(config.padded_vocab_size, logits.shape[-1]))
 
 
 def logits(table: Array, x: Array, config: TransformerConfig) -> Array:
@@ -40,11 +54,13 @@ def logits(table: Array, x: Array, config: TransformerConfig) -> Array:
     At least float32, soft-capped where configured.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
+    axes = tensor.vocabulary(config.padded_vocab_size, table.shape[0])
+    x = tensor.enter_head(x, axes)
     flat = x.reshape(-1, x.shape[-1])  # one product of matrices, as in `kernel.tokenwise`
     z = jnp.einsum("te,ve->tv", flat, table.astype(x.dtype), preferred_element_type=wide)
     z = z.reshape(*x.shape[:-1], table.shape[0])
     if config.logit_soft_cap is not None:
         z = config.logit_soft_cap * jnp.tanh(z / config.logit_soft_cap)
     if config.padded_vocab_size != config.vocab_size:
-        z = jnp.where(tensor.vocabulary_ids(z.shape[-1]) < config.vocab_size, z, -jnp.inf)
+        z = jnp.where(tensor.vocabulary_ids(z.shape[-1], axes) < config.vocab_size, z, -jnp.inf)
     return z

@@ -11,12 +11,13 @@ from jax import Array
 
 from shardlm.models import embedding
 from shardlm.models.attention import SelfAttention, Visibility
+from shardlm.models.cache import Cache, LayerCache
 from shardlm.models.config import LearnedPositions, Rope, TransformerConfig
 from shardlm.models.dropout import Dropout
 from shardlm.models.mlp import FeedForward
 from shardlm.models.norm import Normalize
 from shardlm.models.rope import rotations
-from shardlm.models.stack import PLAIN, Execution, scan_layers
+from shardlm.models.stack import PLAIN, Execution, Stack, fold_layers, stack
 from shardlm.parallel import tensor
 
 
@@ -44,6 +45,14 @@ class Block(nnx.Module):
     ) -> Array:
         """x[batch, sequence, embed] -> the same shape."""
         y = self.attention(self.attention_norm(x), visibility, rotation)
+        return self._after_attention(x, y, dropout, layer)
+
+    def extend(self, x: Array, cache: LayerCache, rotation: tuple[Array, Array] | None) -> tuple[Array, LayerCache]:
+        """A call for new tokens x[batch, sequence, embed] of rows whose earlier tokens are in the cache."""
+        y, cache = self.attention.extend(self.attention_norm(x), cache, rotation)
+        return self._after_attention(x, y, None, 0), cache
+
+    def _after_attention(self, x: Array, y: Array, dropout: Dropout | None, layer: Array | int) -> Array:
         x = x + self._branch(y, self.attention_after_norm, dropout, layer, site=0)
         y = self.mlp(self.mlp_norm(x))
         return x + self._branch(y, self.mlp_after_norm, dropout, layer, site=1)
@@ -146,8 +155,7 @@ class Transformer(nnx.Module):
         sequence = tokens.shape[1]
         if c.max_sequence is not None and sequence > c.max_sequence:
             raise ValueError(f"a sequence of {sequence} tokens is longer than the {c.max_sequence} learned positions")
-        x = embedding.look_up(self.embedding.table[...], tokens, c.vocab_size).astype(dtype)
-        x = tensor.sum_embedding(x, split)
+        x = embedding.look_up(self.embedding.table[...], tokens, c, split)
         if c.embedding_scale is not None:
             x = x * jnp.asarray(c.embedding_scale, dtype)
         if self.positions is not None:
@@ -182,6 +190,26 @@ class Transformer(nnx.Module):
 
         Args:
             x: of `embed`, or of the layers before.
+            segments, positions, dropout, execution, layers, runs: as of `stack`.
+        """
+        given = {"segments": segments, "positions": positions, "dropout": dropout}
+        return self.stack(x, **given, execution=execution, layers=layers, runs=runs).run(x)
+
+    def stack(
+        self,
+        x: Array,
+        *,
+        segments: Array | None,
+        positions: Array | None,
+        dropout: Dropout | None,
+        execution: Execution = PLAIN,
+        layers: Array | None = None,
+        runs: Array | None = None,
+    ) -> Stack:
+        """The layers held here, taken apart.
+
+        Args:
+            x: like what they are to run on.
             segments, positions: as of a call.
             dropout: of `dropout_of`.
             execution: see there.
@@ -214,13 +242,43 @@ class Transformer(nnx.Module):
         }
         if layers is not None:
             per_layer = {name: table[layers] for name, table in per_layer.items()}
-        return scan_layers(self.layers, x, apply, per_layer, execution, runs)
+        return stack(self.layers, apply, per_layer, execution, runs)
+
+    def extend(self, tokens: Array, counts: Array, cache: Cache, execution: Execution = PLAIN) -> tuple[Array, Cache]:
+        """`hidden` of new tokens, of rows whose earlier tokens are in the cache; equal to that of the whole rows.
+
+        Args:
+            tokens: int32[batch, sequence].
+            counts: int32[batch], how many of a row's tokens are real. They come first; what follows leaves no trace,
+                and its results mean nothing.
+            cache: of the earlier tokens; see `Cache.empty`.
+            execution: see there; without sequence parallelism.
+
+        Returns:
+            [batch, sequence, embed], and the cache with the new tokens.
+        """
+        c = self.config
+        new = jnp.arange(tokens.shape[1])
+        # Padding has position 0, which learned positions have too.
+        places = jnp.where(new < counts[:, None], cache.length[:, None] + new, 0)
+        x, _ = self.embed(tokens, places, None, execution)
+        rotary = self._rotations(places, x.dtype)
+
+        def apply(block: Block, x: Array, state: tuple[Array, Array], kind: int, index: Array):
+            rotation = rotary[-1 if cache.windows[kind] is None else 0] if rotary else None
+            x, changed = block.extend(x, cache.layer(kind, index, *state, places, counts), rotation)
+            return x, (changed.keys, changed.values)
+
+        states = tuple(zip(cache.keys, cache.values, strict=True))
+        kinds = [cache.windows.index(window) for window in c.windows]
+        x, states = fold_layers(self.layers, x, states, apply, kinds, execution)
+        keys, values = zip(*states, strict=True)
+        return x, Cache(keys, values, cache.length + counts, cache.windows)
 
     def logits(self, x: Array) -> Array:
         """`hidden`'s result to logits over the padded vocabulary, or over the part of it that this device holds."""
-        h = tensor.enter_head(self.final_norm(x))
         table = self.embedding if self.head is None else self.head
-        return embedding.logits(table.table[...], h, self.config)
+        return embedding.logits(table.table[...], self.final_norm(x), self.config)
 
     def _rotations(self, positions: Array, dtype: Any) -> list[tuple[Array, Array]]:
         """The rotation of every layer, or of the layers (with a window, without one) where these differ."""

@@ -12,8 +12,9 @@ parallelism, split along its sequence. A branch (attention, MLP) works on its ow
 is split is read off the stream itself: it varies over the tensor axis exactly when it is. In plain and auto mode all
 is identity.
 
-The vocabulary is split too, over the stages of a pipeline as well (arXiv:2411.05288): rows of the embedding table, and
-so columns of the logits. Shapes here are per device.
+The vocabulary is split too, over the stages of a pipeline as well (arXiv:2411.05288) unless the layout says otherwise:
+rows of the embedding table, and so columns of the logits. Which axes those are is read off the rows that are held
+(`vocabulary`). Shapes here are per device.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,12 @@ from shardlm import collectives
 from shardlm.layout import Axis
 
 SEQUENCE = 1  # the dim of the sequence in [batch, sequence, embed]
-VOCABULARY = (Axis.PIPE, Axis.TENSOR)  # the axes that split the vocabulary, the first one major
+VOCABULARY = (Axis.PIPE, Axis.TENSOR)  # the axes that may split the vocabulary, the first one major
+
+
+def vocabulary(rows: int, held: int) -> tuple[Axis, ...]:
+    """The axes that split a vocabulary of so many `rows`, padding included, of which a device holds `held`."""
+    return (Axis.TENSOR,) if held * collectives.size(Axis.TENSOR) == rows else VOCABULARY
 
 
 def parts() -> int:
@@ -60,14 +66,17 @@ def all_reduce(y: Array) -> Array:
     return collectives.all_reduce(y, Axis.TENSOR)
 
 
-def sum_embedding(x: Array, split: bool) -> Array:
-    """Sum partial embeddings x[b, s, e]{U_T} into a residual stream, whole or `split` along its sequence."""
-    return collectives.all_reduce(leave_split(x), Axis.PIPE) if split else collectives.all_reduce(x, VOCABULARY)
+def sum_embedding(x: Array, split: bool, axes: tuple[Axis, ...]) -> Array:
+    """Sum partial embeddings x[b, s, e]{U_axes} into a residual stream, whole or `split` along its sequence."""
+    if not split:
+        return collectives.all_reduce(x, axes)
+    return collectives.all_reduce(leave_split(x), tuple(axis for axis in axes if axis != Axis.TENSOR))
 
 
-def enter_head(x: Array) -> Array:
-    """`enter`, for a product with columns that are split over the stages of a pipeline too."""
-    return collectives.vary(enter(x), Axis.PIPE)
+def enter_head(x: Array, axes: tuple[Axis, ...]) -> Array:
+    """`enter`, for a product with columns that are split over `axes`."""
+    # The other axes first: where the stream is split, their gradient is summed after it is scattered over tensor.
+    return collectives.vary(enter(collectives.vary(x, tuple(a for a in axes if a != Axis.TENSOR))), axes)
 
 
 def split_sequence(x: Array) -> Array:
@@ -93,23 +102,23 @@ def own_kv_heads(x: Array, dim: int, query_heads: int, queries_per_kv: int) -> A
     return lax.dynamic_slice_in_dim(collectives.vary(x, Axis.TENSOR), first, needed, dim)
 
 
-def embed(table: Array, ids: Array) -> Array:
-    """Rows of a table split over the tensor axis: table[v_T, e], ids[b, s] -> partial rows [b, s, e]{U_T}.
+def embed(table: Array, ids: Array, axes: tuple[Axis, ...] = VOCABULARY) -> Array:
+    """Rows of a table split over `axes`: table[v_T, e], ids[b, s] -> partial rows [b, s, e]{U_T}.
 
-    Each device looks up the ids it holds and gives zeros for the others, so the sum over the axis is exact.
+    Each device looks up the ids it holds and gives zeros for the others, so the sum over the axes is exact.
     """
-    local = ids - collectives.index(VOCABULARY) * table.shape[0]
+    local = ids - collectives.index(axes) * table.shape[0]
     held = (local >= 0) & (local < table.shape[0])
     rows = jnp.take(table, jnp.where(held, local, 0), axis=0)
     return jnp.where(held[..., None], rows, 0)
 
 
-def vocabulary_ids(held: int) -> Array:
+def vocabulary_ids(held: int, axes: tuple[Axis, ...]) -> Array:
     """The token ids of the `held` logits that this device computes: int32[held]."""
-    return collectives.index(VOCABULARY) * held + jnp.arange(held)
+    return collectives.index(axes) * held + jnp.arange(held)
 
 
-def cross_entropy(logits: Array, targets: Array) -> Array:
+def cross_entropy(logits: Array, targets: Array, axes: tuple[Axis, ...] = VOCABULARY) -> Array:
     """Negative log-likelihood of `targets` under logits whose vocabulary is split, without gathering them.
 
     nll = log(sum_v exp(z_v - m)) - (z_target - m) with m = max_v z_v: three all-reduces of [b, s], of which the
@@ -118,18 +127,28 @@ def cross_entropy(logits: Array, targets: Array) -> Array:
     Args:
         logits: float32[b, s, v_T]; minus infinity where the vocabulary is padding.
         targets: int32[b, s], ids of the whole vocabulary.
+        axes: those that split the vocabulary.
 
     Returns:
-        float32[b, s], the same on every device of the tensor axis.
+        float32[b, s], the same on every device of these axes.
     """
-    peak = collectives.all_reduce_max(lax.stop_gradient(logits.max(axis=-1)), VOCABULARY)
+    peak = collectives.all_reduce_max(lax.stop_gradient(logits.max(axis=-1)), axes)
     shifted = logits - peak[..., None]
-    total = collectives.all_reduce(jnp.exp(shifted).sum(axis=-1), VOCABULARY)
-    local = targets - collectives.index(VOCABULARY) * logits.shape[-1]
+    total = collectives.all_reduce(jnp.exp(shifted).sum(axis=-1), axes)
+    local = targets - collectives.index(axes) * logits.shape[-1]
     held = (local >= 0) & (local < logits.shape[-1])
     at_target = jnp.take_along_axis(shifted, jnp.where(held, local, 0)[..., None], axis=-1)[..., 0]
     # Padding is minus infinity, and 0 * inf is not 0: select, do not multiply.
-    return jnp.log(total) - collectives.all_reduce(jnp.where(held, at_target, 0), VOCABULARY)
+    return jnp.log(total) - collectives.all_reduce(jnp.where(held, at_target, 0), axes)
+
+
+def likeliest(logits: Array) -> Array:
+    """The id of the largest of logits[b, s, v_T] whose vocabulary is split, the lowest of several: int32[b, s]."""
+    peak = logits.max(axis=-1)
+    ids = vocabulary_ids(logits.shape[-1])[logits.argmax(axis=-1)]
+    top = collectives.all_reduce_max(peak, VOCABULARY)
+    # The lowest id is the largest of the negative ones.
+    return -collectives.all_reduce_max(jnp.where(peak == top, -ids, jnp.iinfo(ids.dtype).min), VOCABULARY)
 
 
 def in_branch(dims: Sequence[str | None]) -> bool:

@@ -8,7 +8,7 @@ makes it an
   independent check.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,14 +22,16 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from shardlm import collectives
 from shardlm.dims import DimTable, Split
 from shardlm.layout import Axis, Layout
+from shardlm.models import embedding
 from shardlm.models.config import TransformerConfig
 from shardlm.models.dropout import Dropout
 from shardlm.models.stack import Execution
 from shardlm.models.transformer import Transformer, parameter_dims
-from shardlm.parallel import tensor, zero
+from shardlm.parallel import zero
 from shardlm.parallel.pipeline.stages import Stages
 from shardlm.train import arrange, pipelined
 from shardlm.train.loss import loss_sum, nll_sum
+from shardlm.train.paths import flatten, unflatten
 
 Parameters = dict[str, Any]
 """A nested dict of arrays: the model's parameters, or their gradients."""
@@ -84,27 +86,6 @@ class Plan:
     def batch_spec(self) -> PartitionSpec:
         """The spec of a batch array [batch, sequence]."""
         return self.table.activation("batch", "sequence")
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict as one dict by path, "layers/mlp/up/kernel"."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat.update(flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value})
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
 
 
 def merge(graph: Any, parameters: Parameters) -> Transformer:
@@ -174,7 +155,11 @@ def forward(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, Array], 
     def run(ready: Ready, begun: dict[str, Array], batch: dict[str, Array], key: Array, layers: Array):
         model, hidden = ready(begun)[0], _hidden(plan, ready, begun, batch, key, layers, piped=engine == "manual")
         logits = model.logits(hidden)
-        return {"hidden": hidden, "logits": logits, "nll": tensor.cross_entropy(logits, batch["targets"])}
+        return {
+            "hidden": hidden,
+            "logits": logits,
+            "nll": embedding.cross_entropy(logits, batch["targets"], plan.config),
+        }
 
     def local(parameters: dict[str, Array], batch: dict[str, Array], key: Array, layers: Array) -> dict[str, Array]:
         return run(*_prepare(plan, parameters), batch, key, layers)
@@ -195,6 +180,12 @@ def forward(plan: Plan, engine: str) -> Callable[[Parameters, dict[str, Array], 
         return _manual(plan, local, batch, specs, *extra)(flatten(parameters), batch, key, layers)
 
     return function
+
+
+def held(plan: Plan, stored: Parameters) -> tuple[Transformer, Execution]:
+    """Within a `shard_map` over `plan.mesh`: the model with the parameters that a device holds, and how to run it."""
+    ready, begun = _prepare(plan, flatten(stored))
+    return ready(begun)
 
 
 def gather_updated(plan: Plan, shards: Parameters) -> Parameters:

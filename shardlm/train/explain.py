@@ -11,7 +11,6 @@ from shardlm import inspect
 from shardlm.inspect import program as programs
 from shardlm.inspect import report
 from shardlm.layout import Layout
-from shardlm.parallel.pipeline.ticks import make_table
 from shardlm.train import state as states
 from shardlm.train.program import Program
 from shardlm.train.step import make_step
@@ -109,18 +108,6 @@ def _look(program: Program, trainer: "Trainer", batch: Any, notes: tuple[str, ..
         manual=program.engine == "manual",
         batch_size=leaf.shape[0],
         sequence=leaf.shape[1] if tokens else None,
-        notes=(*notes, *_pipeline_notes(program.plan.layout)),
+        notes=notes,
         compiled=compiled,
-    )
-
-
-def _pipeline_notes(layout: Layout) -> tuple[str, ...]:
-    if layout.pipeline is None:
-        return ()
-    table = make_table(layout.pipeline.schedule, layout.pipe, layout.pipeline.microbatches, layout.pipeline.chunks)
-    busy, ticks = layout.pipeline.microbatches, int(table.has_forward.sum())
-    return (
-        f"pipeline {layout.pipeline}: {table.summary}",
-        f"a stage has a forward in {busy} of {ticks} ticks that have any; in the others, {1 - busy / ticks:.1%} of its "
-        "time, it computes on masked arrays, which the FLOPs and bytes here count",
     )

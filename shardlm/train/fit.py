@@ -6,7 +6,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from shardlm.checkpoint import Checkpoints
+from shardlm.checkpoint import Checkpoints, SaveError
 from shardlm.runtime.preemption import Preempted, Preemption
 from shardlm.runtime.watch import Watch
-from shardlm.train import resume, together
+from shardlm.train import resume, saving, together
+from shardlm.train import state as states
 from shardlm.train.interrupt import uninterrupted
 from shardlm.train.metrics import peak_flops
 from shardlm.train.progress import Progress
@@ -42,6 +43,8 @@ class FitOptions:
     checkpoint_dir: str | Path | None
     checkpoint_every: int
     keep: int | None
+    keep_every: int | None
+    keep_best: int | None
     log_every: int
     held_out: Iterable[Mapping[str, Any]] | None
     evaluate_every: int | None
@@ -66,6 +69,11 @@ class FitOptions:
             problems.append(f"held_out is a {type(held_out).__name__}, which has no end: give a list, or data.held_out")
         elif hasattr(held_out, "__len__") and not len(held_out):  # pyright: ignore[reportArgumentType]
             problems.append("held_out is empty: give at least one batch, or None")
+        if self.keep_best is not None and (not self.evaluate_every or self.checkpoint_every % self.evaluate_every):
+            problems.append(
+                f"keep_best compares the held-out losses of checkpoints: give an evaluate_every that divides "
+                f"checkpoint_every={self.checkpoint_every}, not {self.evaluate_every}"
+            )
         if problems:
             raise ValueError("fit: " + "; ".join(problems))
 
@@ -79,8 +87,9 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
             "fit: batches is one batch: give a list of batches, or itertools.repeat(batch) to train on it alone"
         )
     directory = options.checkpoint_dir
-    checkpoints = None if directory is None else Checkpoints(directory, keep=options.keep)
-    latest, resumed = None if checkpoints is None else checkpoints.latest(), []
+    retention = options.keep, options.keep_every, options.keep_best
+    checkpoints = None if directory is None else Checkpoints(directory, *retention)
+    latest, resumed, metadata = None if checkpoints is None else checkpoints.latest(), [], {}
     together.check_run(trainer, {"steps": steps, "newest checkpoint": latest, "checkpoints": directory is not None})
     if checkpoints is not None and latest is not None:
         if state is not None:
@@ -88,8 +97,7 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
                 f"fit: a state was given, and {directory} holds step {latest}: give no state, to resume from there, or "
                 "another checkpoint_dir"
             )
-        resumed = resume.changes(trainer, checkpoints.metadata(latest), f"{directory}, step {latest}")
-        state = checkpoints.restore(latest, trainer)
+        state, metadata, resumed = saving.newest_good(trainer, checkpoints)
     state = trainer.init() if state is None else state
     start = int(state.step)
     log_dir = options.log_dir or directory
@@ -108,13 +116,14 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
             if options.held_out is not None:
                 progress.message(f"held_out_loss {trainer.evaluate(state, options.held_out)['loss']:.4f}")
             return state
-        try:
-            with Preemption() as preemption, Watch(together.name()) as watch:
-                loop = _Loop(trainer, progress, checkpoints, options, preemption, watch, steps, state, start, latest)
-                return loop.run(batches)
-        finally:
+        saver = None
+        with checkpoints or nullcontext(), Preemption() as preemption, Watch(together.name()) as watch:
             if checkpoints is not None:
-                checkpoints.close()
+                checkpoints.claim()
+                saver = saving.Saver(checkpoints, progress.message, start if metadata else None)
+            tokens = metadata.get("tokens", 0.0)
+            loop = _Loop(trainer, progress, saver, options, preemption, watch, steps, state, start, tokens)
+            return loop.run(batches)
 
 
 @dataclass
@@ -123,21 +132,24 @@ class _Loop:
 
     Attributes:
         done: the last step made.
-        saved: the last one with a checkpoint.
+        tokens: sum of the batches' weights so far, of steps checked.
+        loss, held_out: losses of the last step checked, and of the last evaluation with its step.
         pending: metrics of steps that were not checked yet.
         since: when the time of the last `timed` steps began.
     """
 
     trainer: "Trainer"
     progress: Progress
-    checkpoints: Checkpoints | None
+    saver: saving.Saver | None
     options: FitOptions
     preemption: Preemption
     watch: Watch
     steps: int
     state: TrainState
     done: int
-    saved: int | None
+    tokens: float
+    loss: float | None = None
+    held_out: tuple[int, float] = (0, math.nan)
     pending: deque[tuple[int, dict[str, jax.Array]]] = field(default_factory=deque)
     since: float = 0.0
     timed: int = 0
@@ -197,14 +209,20 @@ class _Loop:
             step, metrics = self.pending.popleft()
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             self.timed += 1
+            self.loss, self.tokens = values["loss"], self.tokens + values[self.trainer.program.weight_name]
             if bad := [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]:
                 raise self._stop(step, f"{bad[0]} is {values[bad[0]]}")
         return values
 
     def _stop(self, step: int, what: str) -> NonFiniteLoss:
-        where = f"the last good checkpoint is step {self.saved} in {self.options.checkpoint_dir}"
+        saved = None
+        if self.saver is not None:
+            with suppress(SaveError):
+                self.saver.wait()
+            saved = self.saver.saved
+        where = f"the last good checkpoint is step {saved} in {self.options.checkpoint_dir}"
         return NonFiniteLoss(
-            f"step {step}: {what}; stopped, and {'there is no checkpoint' if self.saved is None else where}. Common "
+            f"step {step}: {what}; stopped, and {'there is no checkpoint' if saved is None else where}. Common "
             "causes: a learning rate that is too high, token ids outside the vocabulary in batches placed beforehand, "
             "float16 without loss scaling"
         )
@@ -231,42 +249,53 @@ class _Loop:
         assert self.options.held_out is not None
         with self._untimed(), self.watch.phase("evaluation", step):
             result = self.trainer.evaluate(self.state, self.options.held_out)
+            self.held_out = step, float(result["loss"])
             shown = {name: value for name, value in result.items() if name != self.trainer.program.weight_name}
             self.progress.log(step, {f"held_out_{name}": value for name, value in shown.items()})
 
     def _save(self, step: int) -> None:
         """Save the state after `step`, unless that is done or nowhere to be done; what is not finite is never saved."""
-        if self.checkpoints is None or step == self.saved:
+        if self.saver is None or self.saver.has(step):
             return
         with self._untimed(), uninterrupted(), self.watch.phase("save", step):
             if wrong := _non_finite(self.state):
                 raise self._stop(step, f"{', '.join(wrong[:5])} not finite after the update")
-            self.checkpoints.save(step, self.state, resume.metadata(self.trainer, step))
-            self.saved = step
+            evaluated, loss = self.held_out
+            loss = loss if evaluated == step and math.isfinite(loss) else None
+            measured = {"tokens": self.tokens, "loss": self.loss} | ({} if loss is None else {"held_out_loss": loss})
+            metadata = resume.metadata(self.trainer, step) | measured
+            save = self.saver.finish if step == self.steps else self.saver.save
+            save(step, self.state, metadata, loss)
 
     def _preempted(self, step: int) -> None:
         """End the run after SIGTERM, once the state after `step` is saved; all processes do at the same step."""
         self._collect()
         self._save(step)
-        if self.checkpoints is not None:
-            self.checkpoints.wait()
-        saved = self.saved == step
-        what = f"step {step} is saved in {self.options.checkpoint_dir}" if saved else f"step {step} is not saved"
+        saved, why = False, ""
+        if self.saver is not None:
+            try:
+                self.saver.wait()
+            except SaveError as error:
+                why = f": {error}"
+            saved = self.saver.saved == step
+        what = f"step {step} is saved in {self.options.checkpoint_dir}" if saved else f"step {step} is not saved{why}"
         raise Preempted(f"ended by SIGTERM: {what}", 0 if saved else 128 + signal.SIGTERM)
 
     def _rescue(self, error: BaseException, start: int) -> None:
         """Save the state that an error or Ctrl-C leaves behind, where there is one and it is good."""
         if isinstance(error, Preempted):
             self.progress.message(str(error))
-        if self.checkpoints is None or self.done == start or isinstance(error, NonFiniteLoss | Preempted):
+        if self.saver is None or self.done == start or isinstance(error, NonFiniteLoss | SaveError | Preempted):
             return
         # Saving takes all processes, at the same step; and a step that failed half-way has used up its state.
-        if jax.process_count() > 1 or self.state.step.is_deleted():
+        if jax.process_count() > 1 or states.is_used_up(self.state):
             return
         with uninterrupted():
             try:
                 self._save(self.done)
-                self.checkpoints.wait()
+                self.saver.wait()
+                if self.saver.saved != self.done:
+                    return  # which the saver has said
             except Exception as second:
                 self.progress.message(f"stopped; step {self.done} is not saved: {second}")
             else:

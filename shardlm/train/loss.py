@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jax import Array
 
+from shardlm.models import embedding
 from shardlm.models.dropout import Dropout
 from shardlm.models.stack import PLAIN, Execution
 from shardlm.models.transformer import Transformer
-from shardlm.parallel import tensor
 
 
 def loss_sum(
@@ -40,7 +40,7 @@ def loss_sum(
 def nll_sum(model: Transformer, hidden: Array, batch: Mapping[str, Array]) -> Array:
     """`loss_sum` from the last layer's output on."""
     targets = batch["targets"]
-    nll = tensor.cross_entropy(model.logits(hidden), targets)
+    nll = embedding.cross_entropy(model.logits(hidden), targets, model.config)
     nll = jnp.where((targets >= 0) & (targets < model.config.vocab_size), nll, jnp.nan)
     # A weight of zero hides a token whatever its target, so that padding may hold any id: 0 * NaN would be NaN.
     return jnp.where(batch["weights"] == 0, 0, batch["weights"] * nll).sum()

@@ -8,16 +8,19 @@ import jax.numpy as jnp
 from jax import Array
 
 from shardlm import collectives
+from shardlm._errors import LayoutError
 from shardlm.layout import Axis, Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.models.dropout import Dropout
 from shardlm.models.stack import Execution
 from shardlm.models.transformer import Transformer
 from shardlm.parallel import tensor
+from shardlm.parallel.pipeline.backward import Stack
 from shardlm.parallel.pipeline.execute import Model, execute, forward
 from shardlm.parallel.pipeline.stages import Stages
 from shardlm.parallel.pipeline.ticks import make_table
 from shardlm.train.loss import nll_sum
+from shardlm.train.paths import flatten, unflatten
 
 Build = Callable[[dict[str, Array]], tuple[Transformer, Execution]]
 """From parameters, the model with those that it computes with, and how to run it."""
@@ -48,9 +51,20 @@ def accumulate(
     assert pipeline is not None
     model = _model(config, layout, stages, ready, parameters, batch, key, pipeline.microbatches, None)
     table = make_table(pipeline.schedule, layout.pipe, pipeline.microbatches, pipeline.chunks)
-    start = collectives.mark_varying(jnp.zeros((), jnp.promote_types(config.dtype, jnp.float32)), _BATCH_AXES)
-    total, outer, inner = execute(model, table, start)
-    return total, {**outer, **(inner if stages.chunks > 1 else {path: x[0] for path, x in inner.items()})}
+    if table.split and (pipeline.recompute or layout.remat != "none"):  # a user's schedule; ours is checked before
+        raise LayoutError(
+            f"schedule {pipeline} splits backwards (I and W) with recompute={pipeline.recompute} and "
+            f"remat={layout.remat!r}, but each half would make the forward again: set recompute=False and "
+            "remat='none', or schedule whole backwards (B)"
+        )
+    axes = (*_BATCH_AXES, *((Axis.PIPE,) if model.ends else ()))
+    start = collectives.mark_varying(jnp.zeros((), jnp.promote_types(config.dtype, jnp.float32)), axes)
+    total, outer, inner = execute(model, table, start, pipeline.recompute)
+    if model.ends:
+        total, outer = jax.tree.map(lambda x: collectives.all_reduce(x, Axis.PIPE), (total, outer))
+    if stages.chunks == 1:
+        inner = jax.tree.map(lambda x: x[0], inner)
+    return total, outer | flatten(inner, _LAYERS)
 
 
 def hidden(
@@ -89,10 +103,16 @@ def _model(
     stop: Array | None,
 ) -> Model:
     """The model as the executor needs it, on `count` microbatches; microbatch k takes every count-th row."""
+    ends = layout.pipeline is not None and layout.pipeline.vocabulary == "ends"
     outer = {path: x for path, x in parameters.items() if not path.startswith(_LAYERS)}
     inner = {path: x for path, x in parameters.items() if path.startswith(_LAYERS)}
+    nested = unflatten({path.removeprefix(_LAYERS): x for path, x in inner.items()})
+    if ends:
+        outer = {
+            path: collectives.mark_varying(x, Axis.PIPE) for path, x in outer.items()
+        }  # gradients summed at the end
     if stages.chunks == 1:
-        inner = {path: x[None] for path, x in inner.items()}
+        nested = jax.tree.map(lambda x: x[None], nested)
     rowwise = {name: x for name, x in batch.items() if name != "columns"}
     microbatches = {name: x.reshape(-1, count, *x.shape[1:]) for name, x in rowwise.items()}
     held = jnp.asarray(stages.of_stage())[collectives.index(Axis.PIPE)]
@@ -107,13 +127,13 @@ def _model(
         (model, execution), (one, dropout) = ready(outer | inner), of(number)
         return model.embed(one["tokens"], one.get("positions"), dropout, execution)[0]
 
-    def layers(inner: Any, x: Array, number: Array, chunk: Array) -> Array:
+    def layers(x: Array, number: Array, chunk: Array) -> Stack:
         (model, execution), (one, dropout) = ready(outer | inner), of(number)
         numbers = jax.lax.dynamic_index_in_dim(held, chunk, keepdims=False)
         runs = numbers >= 0 if stages.padding else None
         if stop is not None:
             runs = (numbers < stop) if runs is None else runs & (numbers < stop)
-        return model.run(
+        taken = model.stack(
             x,
             segments=one.get("segments"),
             positions=one.get("positions"),
@@ -122,6 +142,7 @@ def _model(
             layers=jnp.maximum(numbers, 0),
             runs=runs,
         )
+        return Stack(taken.layer, taken.inputs)
 
     def head(outer: Any, x: Array, number: Array) -> Array:
         (model, _), (one, _) = ready(outer | inner), of(number)
@@ -131,4 +152,4 @@ def _model(
     split = layout.sequence_parallel
     like = jnp.zeros((rows, sequence // (tensor.parts() if split else 1), config.d_model), config.dtype)
     like = collectives.mark_varying(like, (Axis.PIPE, *_BATCH_AXES, *((Axis.TENSOR,) if split else ())))
-    return Model(embed, layers, head, outer, inner, like)
+    return Model(embed, layers, head, outer, nested, like, ends)

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -121,8 +123,7 @@ class Progress:
         if self._file is not None:
             record = {"step": int(step), "time": time.time()}
             record |= {name: v if math.isfinite(v) else _NON_FINITE[str(v)] for name, v in values.items()}
-            with self._file.open("a", encoding="utf-8") as file:  # closed again, so that the line outlives a kill
-                file.write(json.dumps(record) + "\n")
+            self._append(self._file, json.dumps(record) + "\n")
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
@@ -142,6 +143,17 @@ class Progress:
             self._live = None
         if self._writer is not None:
             self._writer.close()
+
+    def _append(self, path: Path, line: str) -> None:
+        """Add a line to a file; on a full disk, say so and leave the file as it was."""
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:  # closed again, so that the line outlives a kill
+                file.write(line)
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(path, size)
+            self.message(f"{path}: the line above is not recorded: {error.strerror}")
 
     def _measure_pace(self, step: int, values: Mapping[str, float]) -> None:
         """Time per step since the first log: with evaluations and checkpoints, and without compilation."""

@@ -55,11 +55,16 @@ def check_usable(state: TrainState, like: TrainState) -> None:
             f"this state's layers are stored for another pipeline: {found}, and here {expected}. Move it by a "
             "checkpoint: sl.save(path, state), then sl.restore(path, trainer)"
         )
-    if isinstance(state.step, Array) and state.step.is_deleted():
+    if is_used_up(state):
         raise ValueError(
             "this state was used up by a step, which writes the new state in its place: go on with what the step "
             "returned, as in `state, metrics = trainer.step(state, batch)`"
         )
+
+
+def is_used_up(state: TrainState) -> bool:
+    """Whether a step has taken the state's arrays, or some: scalars are left when a checkpoint is being written."""
+    return any(isinstance(leaf, Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 def init(program: Program, optimizer: optax.GradientTransformation, seed: int) -> TrainState:

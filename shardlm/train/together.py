@@ -8,6 +8,7 @@ import jax
 from shardlm.inspect.ledger import ledger
 from shardlm.runtime.agreement import PROGRAM, agree, words
 from shardlm.runtime.processes import is_one_of_several
+from shardlm.train.program import require_devices
 
 if TYPE_CHECKING:
     from shardlm.train.trainer import Trainer
@@ -19,6 +20,7 @@ def check_program(trainer: "Trainer", function: Any, arguments: tuple[Any, ...])
     Raises:
         ValueError: on every process, naming what differs; or `sl.initialize` was forgotten.
     """
+    require_devices(trainer.mesh)
     checked = trainer.__dict__.setdefault("_checked_programs", set())
     if function in checked:
         return

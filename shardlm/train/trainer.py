@@ -250,7 +250,8 @@ class Trainer:
             ValueError: there is no batch, or no weight in any of them.
         """
         states.check_usable(state, self.abstract_state)
-        sums = [self._evaluated(state, self.place(batch, may_be_empty=True)) for batch in batches]
+        placed = (self.place(batch, may_be_empty=True) for batch in batches)
+        sums = [self._run(self._evaluate, state.params, batch, state.variables) for batch in placed]
         total, weight = (
             (math.fsum(float(x) for x in column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
         )
@@ -308,6 +309,8 @@ class Trainer:
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 100,
         keep: int | None = 3,
+        keep_every: int | None = None,
+        keep_best: int | None = None,
         log_every: int = 10,
         held_out: Iterable[Batch] | None = None,
         evaluate_every: int | None = None,
@@ -325,7 +328,7 @@ class Trainer:
                 whatever its layout.
             checkpoint_dir: where checkpoints are saved and found; None saves nothing.
             checkpoint_every: updates between checkpoints; the last update is always saved.
-            keep: how many checkpoints stay; None keeps all.
+            keep, keep_every, keep_best: which stay: the newest, so many (None: all); of steps this divides; the best.
             log_every: updates between log lines; every update is checked for NaN and infinity, logged or not.
             held_out: batches to evaluate on at the end, and every `evaluate_every` updates: a list, or what else can be
                 read again and has an end.
@@ -338,30 +341,27 @@ class Trainer:
 
         Raises:
             NonFiniteLoss: a loss, a gradient or a new parameter was NaN or infinite; nothing of it is saved.
+            SaveError: nothing can be saved there, or not the last state; any other save that fails is a warning.
             ValueError: the checkpoint is of another model; the batches end early; an option is out of range.
 
-        Ctrl-C and errors are raised again once the last update is saved. SIGTERM saves it too, and ends with status 0.
+        Ctrl-C and errors are raised again once the last update is saved; SIGTERM saves it too, and ends with status 0.
         """
         options = FitOptions(
-            checkpoint_dir, checkpoint_every, keep, log_every, held_out, evaluate_every, log_dir, tensorboard, verbose
-        )
+            checkpoint_dir, checkpoint_every, keep, keep_every, keep_best, log_every, held_out, evaluate_every, log_dir,
+            tensorboard, verbose,
+        )  # fmt: skip
         return fit(self, batches, steps, state, options)
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a compiled function; on several CPU devices, return when its result is there.
 
-        XLA's CPU backend runs all devices on one small pool of threads, in which each collective blocks a thread until
-        its peers arrive. With several programs in flight the peers may find no thread, and all wait for ever.
+        On XLA:CPU several programs in flight may wait for ever: their collectives block threads of one small pool.
         """
-        require_devices(self.mesh)
         together.check_program(self, function, arguments)
         result = function(*arguments)
         if self.mesh.size > 1 and self.first_device.platform == "cpu":
             jax.block_until_ready(result)
         return result
-
-    def _evaluated(self, state: TrainState, batch: Any) -> tuple[Array, Array]:
-        return self._run(self._evaluate, state.params, batch, state.variables)
 
     @cached_property
     def step_function(self) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:

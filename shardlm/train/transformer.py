@@ -60,7 +60,7 @@ class TransformerProgram:
                 f"dtype={config.dtype!r}, param_dtype={config.param_dtype!r}: JAX computes in float64 only after "
                 'jax.config.update("jax_enable_x64", True)'
             )
-        parts = layout.pipe * layout.tensor
+        parts = math.prod(layout.sizes[axis] for axis in layout.vocabulary_axes)
         if config.padded_vocab_size % parts:
             config = dataclasses.replace(config, vocab_multiple=math.lcm(config.vocab_multiple, parts))
         plan = Plan.of(config, layout, mesh_on(layout, devices))

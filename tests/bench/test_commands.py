@@ -6,7 +6,7 @@ import functools
 import pytest
 
 import shardlm as sl
-from shardlm.bench import pipeline, step
+from shardlm.bench import generate, pipeline, step
 from shardlm.bench.__main__ import main, parser
 from shardlm.bench.timing import Sample, interleaved
 from shardlm.parallel.pipeline import make_table, synchronous
@@ -36,6 +36,28 @@ def test_step_refuses_a_model_that_the_reference_is_not(capsys):
     assert all(
         name in error for name in ("attention=", "mlp=", "norm=", "embedding_scale=", "tied=", "logit_soft_cap=")
     )
+
+
+def test_generate(capsys, monkeypatch):
+    monkeypatch.setattr(generate, "_COPIED", 1 << 12)
+    # The model given here is the one whose dispatch is timed: compile it once.
+    monkeypatch.setattr(generate, "Bench", functools.cache(generate.Bench))
+    shape = "--batch-size 1 --prompt 120 --new 8 --chunk 8"
+    assert run(f"generate --layers 1 {TINY} {shape} --repeats 2 --calls 2") == 0
+    assert generate.Bench.cache_info().misses == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-5:-1]] == ["prefill", "decode", "limit", "dispatch"]
+
+
+def test_the_bytes_of_a_step_of_generation():
+    config = sl.TransformerConfig(
+        vocab_size=32, num_layers=2, d_model=8, num_heads=2, num_kv_heads=1, d_ff=16, param_dtype="bfloat16",
+        attention=sl.Attention(windows=(5, None)),
+    )  # fmt: skip
+    # Queries and output 8 x 8, keys and values 8 x 4, MLP 3 x 8 x 16, norms; the head, and the rows of the embedding.
+    layer = 2 * 64 + 2 * 32 + 3 * 128 + 2 * 8
+    assert generate.bytes_of_parameters(config, 3) == 2 * (2 * layer + 8 + 32 * 8 + 3 * 8)
+    assert generate.bytes_of_row(config, 9) == (5 + 9) * 2 * 4 * 4
 
 
 def test_the_defaults_follow_the_device():
@@ -83,11 +105,12 @@ def test_cold_starts_a_process_and_times_it(capfd, monkeypatch):
 
 def test_pipeline(capsys):
     sizes = f"{TINY} --layers 2 --layout pipe=2 --microbatches 2 --sequence 8"
-    assert run(f"pipeline {sizes} --repeats 2") == 0
+    assert run(f"pipeline {sizes} --repeats 2 --schedules 1f1b zb-h1") == 0
     where, what, plain, *rest, note = capsys.readouterr().out.splitlines()
     assert where.endswith("2 fake devices") and what.endswith("batch 2 x 8")
     assert plain.startswith("no pipeline ") and plain.endswith(", data=2,remat=full")
-    assert [line.split()[0] for line in rest] == ["1f1b", "ratio", "bubble", "gpipe", "ratio", "bubble"]
+    assert [line.split()[0] for line in rest] == ["1f1b", "ratio", "bubble", "zb-h1", "ratio", "bubble"]
+    assert "pipeline=1f1b:2, stash" in rest[0] and "pipeline=zb-h1:2:stored, stash" in rest[3]
     assert all(line.endswith(" simulated") for line in rest[2::3])
     assert note.startswith("fake devices share the cores")
 
@@ -97,7 +120,8 @@ def test_pipeline(capsys):
     [
         ("--layout data=8", "the layout data=8 has no pipeline: set pipe to 2 or more"),
         ("--microbatches 6", "microbatches=6 is not a positive multiple of pipe=4"),
-        ("--schedules 1f1b zb-h1", "schedule='zb-h1' is not run yet"),
+        ("--schedules 1f1b zb-h2", "schedule='zb-h2' is not one of '1f1b', 'gpipe', 'interleaved', 'zb-h1'"),
+        ("--chunks 3", "--chunks 3 is of the schedule interleaved, which --schedules does not name"),
         ("--layout pipe=4,data=3", "pipe=4 x data=3 = 12 devices, but there are 8"),
         ("--layout pipe=8,pipeline=1f1b:16", "leave pipeline out; --schedules and --microbatches say it here"),
     ],
@@ -125,6 +149,24 @@ def test_the_bubble_measured_is_the_bubble_simulated_where_times_are_those_of_th
     measured = pipeline.bubble(Sample((once.makespan,)), Sample((longer.makespan,)))
     assert measured.median == pytest.approx(once.bubble_fraction)
     assert 0 < once.bubble_fraction < 3 / 8  # the head is never idle
+
+
+def test_a_schedule_is_named_with_what_stages_keep():
+    def named(name, chunks=2):
+        return str(pipeline.scheduled(sl.Layout(pipe=4), name, 8, chunks).pipeline)
+
+    assert [named(name) for name in ("1f1b", "1f1b-stored", "zb-h1")] == ["1f1b:8", "1f1b:8:stored", "zb-h1:8:stored"]
+    assert [named("interleaved"), named("interleaved-stored", 3)] == ["interleaved:8:2", "interleaved:8:3:stored"]
+
+
+def test_split_backwards_take_together_what_a_whole_one_does():
+    config = sl.TransformerConfig(**step._TINY | {"num_layers": 4})
+    again, whole, split = (
+        pipeline.times(config, sl.Layout.parse(f"pipe=4,pipeline={text}"), sequence=8)
+        for text in ("1f1b:8", "1f1b:8:stored", "zb-h1:8:stored")
+    )
+    assert split.input_gradient + split.weight_gradient == whole.backward == 2 * whole.forward
+    assert again.backward == 3 * again.forward and split.weight_gradient < split.input_gradient
 
 
 def test_a_ratio_is_taken_round_by_round():

@@ -1,9 +1,13 @@
 """Budgets hold or name what broke them."""
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
 
 import shardlm as sl
-from shardlm.inspect import assert_at_most, assert_fits, assert_no
+from shardlm.inspect import assert_at_most, assert_fits, assert_no, assert_uniform_branches
 
 CONFIG = sl.presets.tiny(num_layers=2, d_model=16, d_ff=24, num_heads=2, num_kv_heads=2, vocab_size=16)
 
@@ -50,3 +54,55 @@ def test_questions_that_cannot_be_answered(report):
     auto = sl.Trainer(CONFIG, sl.Layout(data=2), devices=2, engine="auto").explain(2, 8)
     with pytest.raises(ValueError, match="this report has no peak: make it with compile=True"):
         assert_fits(auto, 1e9)
+
+
+def send(x):
+    return lax.ppermute(x, "data", [(i, (i + 1) % 4) for i in range(4)])
+
+
+def where(flag, branch=send):
+    return lambda x: lax.cond(flag(x), branch, lambda x: x, x)
+
+
+def repeat(times):
+    return lambda x: lax.while_loop(lambda c: c[1] < times(x), lambda c: (send(c[0]), c[1] + 1), (x, 0))[0]
+
+
+def program(function, **options):
+    mesh, spec = sl.Layout(data=4, tensor=2).abstract_mesh(), P("data")
+    return jax.make_jaxpr(jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, **options))(
+        jnp.ones((8, 4))
+    )
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        where(lambda x: lax.psum(x.sum(), "data") > 0),
+        where(lambda x: lax.axis_index("fsdp") > 0),  # an axis of one device
+        where(lambda x: lax.axis_index("data") > 0, lambda x: x + 1),  # nothing is sent
+        repeat(lambda x: 3),
+    ],
+)
+def test_branches_that_all_devices_take_together(function):
+    assert_uniform_branches(program(function))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (where(lambda x: lax.axis_index("data") > 0), "collective-permute in a cond whose predicate varies over data"),
+        (where(lambda x: lax.axis_index("tensor") > 0), "in a cond whose predicate varies over tensor"),
+        (where(lambda x: x.sum() > 0), r"test_budget\.py:\d+: collective-permute in a cond .* varies over data"),
+        (repeat(lambda x: lax.axis_index("data")), "collective-permute in a while whose predicate varies over data"),
+        (jax.jit(lambda x: lax.scan(lambda c, _: (where(lambda x: x.sum() > 0)(c), None), x, None, 2)[0]), "over data"),
+    ],
+)
+def test_branches_that_devices_take_alone(function, message):
+    with pytest.raises(AssertionError, match=message):
+        assert_uniform_branches(program(function))
+
+
+def test_branches_of_which_nothing_is_known():
+    with pytest.raises(AssertionError, match="in a cond whose predicate may vary: check_vma=False"):
+        assert_uniform_branches(program(where(lambda x: lax.psum(x.sum(), "data") > 0), check_vma=False))

@@ -48,6 +48,7 @@ CASES = [
     ("fsdp=8,zero=1,remat=dots", 64, 128, {"num_kv_heads": 2}),
     ("fsdp=4,tensor=2,sequence_parallel,remat=none", 32, 256, {"vocab_size": 16384, "tied": True}),
     ("fsdp=4,tensor=2,sequence_parallel,remat=full", 32, 256, {"num_layers": 32}),
+    ("pipe=2,fsdp=2,tensor=2,pipeline=1f1b:4", 16, 256, {"num_layers": 8, "vocab_size": 16384}),
     ("fsdp=8,remat=none", 8, 2048, {"num_layers": 8, "attention": sl.Attention(implementation="chunked")}),
 ]
 
@@ -121,6 +122,31 @@ def test_a_stack_is_there_from_its_first_iteration():
 
     assert peak(function, M) >= 10 * KB
     assert peak(function, M) <= 13 * KB
+
+
+def test_a_loop_writes_its_carry_over_the_one_before_and_may_have_a_conditional_do_it():
+    def add(sums, _):
+        return lax.cond(sums[0, 0] > 0, lambda s: s + s @ s, lambda s: s, sums), None
+
+    # The sums, and the product that is added: nothing holds them twice, in the loop or in the branch.
+    assert peak(lambda a: lax.scan(add, a @ a, None, length=10)[0], M) == 2 * KB
+
+
+def test_a_loop_of_one_iteration_is_its_body():
+    def body(c, x):
+        return c @ x, c
+
+    loop = lambda a, xs: lax.scan(body, a, xs)  # noqa: E731
+    one, inlined = jax.ShapeDtypeStruct((1, 16, 16), jnp.float32), lambda a, xs: body(a, xs[0])
+    assert peak(loop, M, one) == peak(inlined, M, one) == KB
+
+
+def test_an_update_in_place_may_read_what_it_leaves():
+    def put(buffer, slot):
+        old = lax.dynamic_index_in_dim(buffer, slot, keepdims=False)
+        return lax.dynamic_update_index_in_dim(buffer, jnp.where(slot > 3, old + 1, old), slot, 0)
+
+    assert peak(lambda a: put(a @ a, jnp.argmax(a[0])), M) < 1.2 * KB
 
 
 def test_a_loops_carry_takes_the_place_of_what_it_started_from():

@@ -1,6 +1,7 @@
 """What a step sends is what the textbook says, to the byte, on every layout; and the textbook is DESIGN's formulas."""
 
 import dataclasses
+import itertools
 from collections import Counter
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 import shardlm as sl
 from shardlm.inspect import ledger, theory
-from tests.train.test_same_numbers import CONFIGS, LAYOUTS
+from tests.train.test_same_numbers import CONFIGS, LAYOUTS, PIPELINES
 
 BATCH, SEQUENCE = 24, 12
 MORE = [
@@ -21,9 +22,21 @@ MORE = [
     ("gpt", "data=64,fsdp=8,tensor=6,sequence_parallel,remat=full"),
 ]
 
+PIPED = [
+    ("llama4", "pipe=4,pipeline=gpipe:6"),
+    ("llama4", "pipe=2,fsdp=2,tensor=2,zero=2,pipeline=interleaved:4:2:stored"),
+    ("llama4", "pipe=4,data=2,tensor=2,pipeline=zb-h1:6:stored"),
+    ("gpt4", "pipe=2,data=2,tensor=2,sequence_parallel,pipeline=1f1b:3:1:1+3:ends:stored,remat=full"),
+    ("llama4", "pipe=2,fsdp=2,zero=1,pipeline=1f1b:3:ends"),
+    ("llama4", "pipe=2,data=2,fsdp=2,zero=2,tensor=2,pipeline=1f1b:3,remat=dots"),
+    ("gpt4", "pipe=4,data=8,fsdp=8,tensor=6,sequence_parallel,pipeline=gpipe:3,remat=full"),
+    *PIPELINES,
+]
+CASES = [(*case, dtype) for case in LAYOUTS + MORE for dtype in ("float32", "bfloat16")]
+CASES += [(*case, dtype) for case, dtype in zip(PIPED, itertools.cycle(("bfloat16", "float32")), strict=False)]
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("name", "layout"), LAYOUTS + MORE)
+
+@pytest.mark.parametrize(("name", "layout", "dtype"), CASES)
 def test_the_ledger_is_the_textbook(name: str, layout: str, dtype: str):
     config, parsed = dataclasses.replace(CONFIGS[name], dtype=dtype, param_dtype="float32"), sl.Layout.parse(layout)
     trainer = sl.Trainer(config, parsed, devices=parsed.num_devices)

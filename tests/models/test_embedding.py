@@ -49,7 +49,7 @@ def test_dims_are_named_by_meaning():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_id_gives_its_row(dtype):
     ids = np.array([[0, 3, 66, 3, 41]])
-    rows = embedding.look_up(table(dtype), jnp.asarray(ids), VOCAB)
+    rows = embedding.look_up(table(dtype), jnp.asarray(ids), dataclasses.replace(CONFIG, dtype=dtype), split=False)
     assert rows.dtype == dtype
     np.testing.assert_array_equal(rows, table(dtype)[ids])
 
@@ -57,14 +57,14 @@ def test_an_id_gives_its_row(dtype):
 def test_an_id_outside_the_vocabulary_gives_nan():
     # Padding, the end of the table, beyond it, and what NumPy would count from the end.
     ids = jnp.array([[0, VOCAB - 1, VOCAB, PADDED - 1, PADDED, 10_000, -1, -PADDED]])
-    rows = embedding.look_up(table(), ids, VOCAB)
+    rows = embedding.look_up(table(), ids, CONFIG, split=False)
     assert np.isnan(rows).all(axis=-1).tolist() == [[False, False, True, True, True, True, True, True]]
     assert not np.isnan(rows[:, :2]).any()
 
 
 def test_the_gradient_of_a_look_up_counts_the_ids():
     ids = jnp.array([[0, 3, 66, 3, 3]])
-    gradient = jax.grad(lambda rows: embedding.look_up(rows, ids, VOCAB).sum())(table())
+    gradient = jax.grad(lambda rows: embedding.look_up(rows, ids, CONFIG, split=False).sum())(table())
     want = np.zeros((PADDED, EMBED))
     want[[0, 66]], want[3] = 1, 3
     np.testing.assert_array_equal(gradient, want)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from shardlm.models.stack import PLAIN, Execution, scan_layers
+from shardlm.models.stack import PLAIN, Execution, fold_layers, pattern, scan_layers
 from shardlm.parallel import remat
 
 pytestmark = pytest.mark.usefixtures("x64_module")
@@ -114,3 +114,41 @@ def test_only_the_layers_that_are_to_run_do(runs):
     flags = jnp.array([i in runs for i in range(LAYERS)])
     some = jax.jit(lambda p, runs: scanned(p, runs=runs))
     np.testing.assert_allclose(some(parameters(), flags), looped(parameters(), runs), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ([0], [(1, [(0, 1)])]),
+        ([0, 0, 0], [(3, [(0, 1)])]),
+        ([0, 0, 1, 0, 0, 1, 0], [(2, [(0, 2), (1, 1)]), (1, [(0, 1)])]),
+        ([0, 1, 1, 2], [(1, [(0, 1), (1, 2), (2, 1)])]),
+    ],
+)
+def test_a_sequence_is_a_repeated_pattern_of_runs(kinds, expected):
+    assert pattern(kinds) == expected
+    assert [k for repeats, runs in expected for k in repeats * [k for k, n in runs for _ in range(n)]] == kinds
+
+
+@pytest.mark.parametrize("prepare", [None, lambda layer, beside: layer | {"bias": layer["bias"] + beside}])
+@pytest.mark.parametrize("kinds", [[0, 0, 1, 0, 0, 1, 0], [0, 1, 1, 2, 2, 2, 0]])
+def test_folding_is_a_loop_in_which_layers_of_a_kind_share_a_state(kinds, prepare):
+    rng = np.random.default_rng(2)
+    p = {"kernel": rng.normal(size=(7, WIDTH, WIDTH)), "bias": rng.normal(size=(7, WIDTH))}
+    beside = rng.normal(size=(7, WIDTH))
+    execution = Execution(prepare=prepare, beside=None if prepare is None else jnp.asarray(beside))
+
+    def apply(layer, x, state, kind, index):
+        x = layer(x, state.sum() * (kind + 1))
+        return x, state.at[index].set(x[0, 0])
+
+    states = [jnp.zeros(kinds.count(kind)) for kind in range(max(kinds) + 1)]
+    x, got = jax.jit(lambda p: fold_layers(Layer(**p), jnp.asarray(X), states, apply, kinds, execution))(p)
+    want, done, y = [np.zeros(len(s)) for s in states], [0] * len(states), X
+    for i, kind in enumerate(kinds):
+        bias = p["bias"][i] + (0 if prepare is None else beside[i])
+        y = y + np.tanh(y @ p["kernel"][i] + bias + want[kind].sum() * (kind + 1))
+        want[kind][done[kind]], done[kind] = y[0, 0], done[kind] + 1
+    np.testing.assert_allclose(x, y, rtol=1e-12)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)

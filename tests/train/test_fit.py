@@ -6,8 +6,10 @@ import io
 import itertools
 import json
 import os
+import resource
 import signal
 import threading
+import time
 from pathlib import Path
 
 import grain
@@ -396,17 +398,110 @@ def test_a_checkpoint_that_fit_did_not_write_is_refused(trainer, tmp_path):
         trainer.fit(BATCHES, STEPS, checkpoint_dir=tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_damaged_newest_checkpoint_is_an_error_that_names_it_and_the_others(trainer, undisturbed, tmp_path):
-    fit(trainer, steps=4, checkpoint_dir=tmp_path, checkpoint_every=2)
-    file = max((tmp_path / "4" / "state").rglob("*"), key=lambda entry: entry.stat().st_size if entry.is_file() else 0)
-    content = file.read_bytes()
-    for damaged in (content[: len(content) // 2], bytes([content[0] ^ 1]) + content[1:]):
-        file.write_bytes(damaged)
-        message = rf"the checkpoint {tmp_path}/4 is damaged: .* \(steps in {tmp_path}: 2, 4\)"
-        stopped(trainer, ValueError, BATCHES, match=message, checkpoint_dir=tmp_path)
-    (tmp_path / "4").rename(tmp_path / "damaged")
+def largest_file(directory: Path) -> Path:
+    return max(directory.rglob("*"), key=lambda entry: entry.stat().st_size if entry.is_file() else 0)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(trainer, undisturbed, tmp_path):
+    fit(trainer, steps=5, checkpoint_dir=tmp_path, checkpoint_every=2)
+    (tmp_path / "5/metadata.json").unlink()
+    file = largest_file(tmp_path / "4/state")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.warns(sl.CheckpointWarning) as warned:
+        state, output = fit(trainer, checkpoint_dir=tmp_path, checkpoint_every=2)
+    five, four = (str(warning.message) for warning in warned)
+    assert f"{tmp_path}/5 is damaged: metadata.json is missing" in five
+    assert f"{tmp_path}/4 is damaged: state/" in four and f"{file.name} has " in four
+    assert "It is now called 4.damaged. The run goes on from step 2" in four
+    assert f"resumed from {tmp_path}, step 2\n" in output and five in output and four in output
+    assert_same(undisturbed, by_path(state))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "2",
+        "4",
+        "4.damaged",
+        "5.damaged",
+        "6",
+        "metrics.jsonl",
+    ]
+
+
+def test_a_run_of_which_no_checkpoint_is_whole_does_not_start_anew_unasked(trainer, tmp_path):
+    fit(trainer, steps=2, checkpoint_dir=tmp_path, checkpoint_every=1)
+    for step in (1, 2):
+        (tmp_path / f"{step}/state/manifest.ocdbt").unlink()
+    message = rf"(?s)no checkpoint in {tmp_path} is whole:.*/2 is damaged: .*/1 is damaged: .*choose another checkpoint"
+    stopped(trainer, sl.DamagedCheckpoint, BATCHES, match=message, checkpoint_dir=tmp_path)
+
+
+def test_what_a_checkpoint_says_of_its_run(trainer, tmp_path):
+    held_out = BATCHES[:1]
+    fit(trainer, steps=2, checkpoint_dir=tmp_path)
+    state, _ = fit(trainer, checkpoint_dir=tmp_path, log_every=1, held_out=held_out)
+    metadata = sl.read_metadata(tmp_path / "6")
+    assert metadata["tokens"] == pytest.approx(sum(batch["weights"].sum() for batch in BATCHES), rel=1e-6)
+    assert metadata["loss"] == records(tmp_path)[-2]["loss"]
+    assert metadata["held_out_loss"] == trainer.evaluate(state, held_out)["loss"]
+    assert "held_out_loss" not in sl.read_metadata(tmp_path / "2")
+    assert (metadata["seed"], metadata["next_batch"]) == (0, 6)
+
+
+def test_the_best_checkpoints_stay(trainer, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, float("nan"), 4.0, 5.0])
+    monkeypatch.setattr(trainer, "evaluate", lambda state, batches: {"loss": next(losses)})
+    options = {"checkpoint_every": 1, "evaluate_every": 1, "held_out": BATCHES[:1]}
+    fit(trainer, checkpoint_dir=tmp_path, keep=1, keep_best=2, keep_every=4, **options)
+    assert saved_steps(tmp_path) == [2, 3, 4, 6]
+
+
+@pytest.fixture
+def full_from():
+    """Gives the batches, with the disk full while those of steps `first` to `last` are trained on and saved.
+
+    Every write beyond 8 kB of a file fails, as on a disk without room: of Orbax, and of Python.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def set_limit(size: int) -> None:
+        while any(thread.name == "shardlm checkpoint" for thread in threading.enumerate()):
+            time.sleep(0.01)  # a save is running, for which this comes too late
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    def batches(first: int, last: int):
+        for step, batch in enumerate(BATCHES, 1):
+            if step in (first, last + 1):
+                set_limit(8192 if step == first else before[0])
+            yield batch
+
+    yield batches
+    set_limit(before[0])
+
+
+def test_a_run_goes_on_when_a_save_fails_and_saves_the_next(trainer, undisturbed, tmp_path, full_from):
+    text = f"{tmp_path}/2 could not be saved: .*The run goes on; the newest checkpoint is step 1"
+    with pytest.warns(sl.CheckpointWarning, match=text):
+        state, output = fit(trainer, full_from(2, 3), checkpoint_dir=tmp_path, checkpoint_every=1, keep=2)
+    assert "2 could not be saved" in output and "3 could not be saved" in output
+    assert_same(undisturbed, by_path(state))
+    assert saved_steps(tmp_path) == [5, 6]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["5", "6", "metrics.jsonl"]
+    assert_same(undisturbed, by_path(sl.restore(tmp_path / "6", trainer)))
+
+
+@pytest.mark.filterwarnings("ignore::shardlm.CheckpointWarning")
+def test_a_last_state_that_cannot_be_saved_is_an_error_that_holds_it(trainer, undisturbed, tmp_path, full_from):
+    message = rf"{tmp_path}/6 could not be saved: .* last step, tried twice: the newest checkpoint is step 4"
+    with pytest.raises(sl.SaveError, match=message) as error:
+        trainer.fit(full_from(5, 99), STEPS, checkpoint_dir=tmp_path, checkpoint_every=2, verbose=False)
+    assert_same(undisturbed, by_path(error.value.state))
+    assert saved_steps(tmp_path) == [2, 4]
+    next(full_from(0, 0))  # there is room again
     assert_same(undisturbed, by_path(fit(trainer, checkpoint_dir=tmp_path)[0]))
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_first_step(trainer, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(sl.SaveError, match=rf"cannot save to {tmp_path}/file/run: NotADirectoryError"):
+        trainer.fit(iter(()), STEPS, checkpoint_dir=tmp_path / "file/run", verbose=False, log_dir=tmp_path)
 
 
 # Reasons to stop
@@ -545,7 +640,7 @@ def test_fit_runs_outside_of_the_main_thread(trainer, undisturbed):
 
 
 def test_a_save_that_fails_is_said_and_the_first_error_is_raised(trainer, tmp_path, monkeypatch):
-    def full(*arguments):
+    def full(*arguments, **options):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Checkpoints, "save", full)
@@ -581,6 +676,8 @@ def test_an_evaluation_that_fails_loses_no_step(trainer, tmp_path):
         ({"held_out": iter([]), "evaluate_every": 2}, "held_out can be read once only, and evaluate_every re"),
         ({"batches": make_batch(0)}, r"batches is one batch: give a list of batches, or itertools.repeat\(batch\)"),
         ({"keep": 0, "checkpoint_dir": "x"}, "keep=0: expected how many checkpoints stay"),
+        ({"keep_best": 1}, "keep_best compares .*: give an evaluate_every that divides checkpoint_every=100, not None"),
+        ({"keep_best": 1, "held_out": [{}], "evaluate_every": 30}, "that divides checkpoint_every=100, not 30"),
         ({"tensorboard": True}, "tensorboard=True, but there is no directory to write the events to"),
         ({"log_dir": "gs://bucket/run"}, "metrics cannot be written to 'gs://bucket/run'"),
     ],

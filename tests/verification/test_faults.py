@@ -92,17 +92,19 @@ def wrong_kv_head(monkeypatch):
 
 def offset_by_one_in_embed(monkeypatch):
     embed = tensor.embed
-    monkeypatch.setattr(tensor, "embed", lambda table, ids: embed(table, ids - collectives.index(Axis.TENSOR)))
+    monkeypatch.setattr(
+        tensor, "embed", lambda table, ids, *axes: embed(table, ids - collectives.index(Axis.TENSOR), *axes)
+    )
 
 
 def no_offset_in_embed(monkeypatch):
     embed = tensor.embed
     held = lambda table: collectives.index(Axis.TENSOR) * table.shape[0]  # noqa: E731
-    monkeypatch.setattr(tensor, "embed", lambda table, ids: embed(table, ids + held(table)))
+    monkeypatch.setattr(tensor, "embed", lambda table, ids, *axes: embed(table, ids + held(table), *axes))
 
 
 def no_mask_in_embed(monkeypatch):
-    def embed(table, ids):
+    def embed(table, ids, axes):
         local = ids - collectives.index(Axis.TENSOR) * table.shape[0]
         return jnp.take(table, jnp.where((local >= 0) & (local < table.shape[0]), local, 0), axis=0)
 
@@ -111,7 +113,7 @@ def no_mask_in_embed(monkeypatch):
 
 def offset_by_one_in_loss(monkeypatch):
     entropy = tensor.cross_entropy
-    shifted = lambda z, targets: entropy(z, targets - collectives.index(Axis.TENSOR))  # noqa: E731
+    shifted = lambda z, targets, *axes: entropy(z, targets - collectives.index(Axis.TENSOR), *axes)  # noqa: E731
     monkeypatch.setattr(tensor, "cross_entropy", shifted)
 
 

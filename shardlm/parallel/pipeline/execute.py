@@ -1,13 +1,14 @@
 """One program for every table: a scan over its ticks, inside the fully manual region; shapes are per device.
 
 Each device holds the layers of its stage. The embedding and the head belong to no stage: their vocabulary is split over
-the stages, and all compute them together (arXiv:2411.05288). What a tick does, in which order, is in `table.py`; here
-each step of it is one function of the carry.
+the stages, and all compute them together (arXiv:2411.05288); or they are on the first and the last stage, and what the
+others compute is masked. What a tick does, in which order, is in `table.py`; here each step of it is one function of
+the carry.
 
 Whether a tick has a forward, a backward, a head is the same for all devices, so those are branches; what a stage
 without work computes in such a tick is masked. Receive buffers and the stash of inputs have as many slots as the table
-says, whatever the number of microbatches. Backward makes the stage's forward again from its stashed input. Gradients
-are summed in float32 over the microbatches, and over devices by whoever called.
+says, whatever the number of microbatches. What lies in the stash, and how backward gets by with it, is in
+`backward.py`. Gradients are summed in float32 over the microbatches, and over devices by whoever called.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from jax import Array, lax
 
 from shardlm import collectives
 from shardlm.layout import Axis
+from shardlm.parallel.pipeline.backward import Recompute, Split, Stack, Stored
 from shardlm.parallel.pipeline.table import PER_STAGE, Table
 
 Tree = Any
@@ -31,20 +33,22 @@ class Model:
     """The model as the executor needs it; `microbatch` and `chunk` are int32 scalars, their numbers.
 
     Attributes:
-        embed: (outer, microbatch) -> x, the residual stream before the first layer; all stages together.
-        layers: (one chunk of inner, x, microbatch, chunk) -> x after the layers of this stage's chunk.
-        head: (outer, x, microbatch) -> sum of losses; all stages together, on the same x.
+        embed: (outer, microbatch) -> x, the residual stream before the first layer; all stages together, or by itself.
+        layers: (x, microbatch, chunk) -> the layers of this stage's chunk, for what is like x.
+        head: (outer, x, microbatch) -> sum of losses; all stages together, on the same x, or by itself.
         outer: parameters of the embedding and the head.
-        inner: parameters of this stage's layers [chunks, ...].
+        inner: parameters of this stage's layers [chunks, layers, ...].
         like: what x looks like: its shape, dtype and the axes over which it varies, `pipe` among them.
+        ends: the first stage embeds and the last has the head, each by itself; `outer` varies over `pipe`.
     """
 
     embed: Callable[[Tree, Array], Array]
-    layers: Callable[[Tree, Array, Array, Array], Array]
+    layers: Callable[[Array, Array, Array], Stack]
     head: Callable[[Tree, Array, Array], Array]
     outer: Tree
     inner: Tree
     like: Array
+    ends: bool = False
 
 
 class _Carry(NamedTuple):
@@ -52,41 +56,47 @@ class _Carry(NamedTuple):
 
     Attributes:
         activations, gradients: receive buffers [slots, *x].
-        stash: inputs of the stage that wait for their backward [slots, *x].
+        stash: what forward keeps for backward, a tree of [slots, ...].
+        left: what a backward leaves for the gradients of the weights, likewise.
         loss: the sum so far.
         outer, inner: sums of gradients.
     """
 
     activations: Array
     gradients: Array
-    stash: Array
+    stash: Tree
+    left: Tree
     loss: Array
     outer: Tree
     inner: Tree
 
 
-def execute(model: Model, table: Table, loss: Array) -> tuple[Array, Tree, Tree]:
+def execute(model: Model, table: Table, loss: Array, recompute: bool = True) -> tuple[Array, Tree, Tree]:
     """Sum of losses over all microbatches, and its gradients in at least float32.
 
     Args:
         model: see there.
-        table: a validated table of as many stages as the pipe axis has; whole backwards.
+        table: a validated table of as many stages as the pipe axis has.
         loss: zero, of the dtype of the sum, varying as losses do.
+        recompute: backward makes the stage's forward again; not with split backwards.
 
     Returns:
-        The sum, the same on all stages; gradients of `outer` and `inner`.
+        The sum, the same on all stages, and gradients of `outer` and `inner`. With `model.ends` the sum and the
+        gradients of `outer` are parts, to be added over the stages.
     """
-    assert table.stages == collectives.size(Axis.PIPE) and not table.split
+    assert table.stages == collectives.size(Axis.PIPE) and not (table.split and recompute)
     stage = collectives.index(Axis.PIPE)
+    way = _way(model, table.split, recompute)
 
-    def slots(count: int) -> Array:
-        return jnp.stack([jnp.zeros_like(model.like)] * max(count, 1))
+    def slots(count: int, like: Tree = model.like) -> Tree:
+        return jax.tree.map(lambda x: jnp.stack([jnp.zeros_like(x)] * max(count, 1)), like)
 
     wide = partial(jax.tree.map, lambda x: collectives.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)))
     start = _Carry(
         activations=slots(table.activation_slots),
         gradients=slots(table.gradient_slots),
-        stash=slots(table.stash_slots),
+        stash=slots(table.stash_slots, way.stash()),
+        left=slots(table.weight_slots, way.left()) if isinstance(way, Split) else None,
         loss=loss,
         outer=wide(model.outer),
         inner=wide(model.inner),
@@ -94,13 +104,21 @@ def execute(model: Model, table: Table, loss: Array) -> tuple[Array, Tree, Tree]
 
     def tick(carry: _Carry, row: dict[str, Array]) -> tuple[_Carry, None]:
         row = row | {name: row[name][stage] for name in PER_STAGE}
-        return _Tick(model, row, counts, table.stages).run(carry), None
+        return _Tick(model, way, row, counts, table.stages).run(carry), None
 
     arrays = table.rows()
     counts = {name: (int((a if a.dtype == bool else a >= 0).sum()), table.ticks) for name, a in arrays.items()}
     rows = {name: jnp.asarray(array) for name, array in arrays.items()}
     end, _ = lax.scan(tick, start, rows)
     return end.loss, end.outer, end.inner
+
+
+def _way(model: Model, split: bool, recompute: bool) -> Recompute | Stored | Split:
+    if recompute:
+        return Recompute(model.like)
+    first = collectives.mark_varying(jnp.zeros((), jnp.int32), Axis.PIPE)  # as in a tick: the types decide what is kept
+    of = Split.of if split else Stored.of
+    return of(model.layers(model.like, first, first), _part(model.inner, first), model.like)
 
 
 def forward(model: Model, stages: int, chunks: int, microbatches: int) -> Array:
@@ -114,7 +132,8 @@ def forward(model: Model, stages: int, chunks: int, microbatches: int) -> Array:
     def tick(x: Array, chunk: Array, received: Array, now: Array) -> tuple[Array, Array]:
         first = lax.dynamic_index_in_dim(x, jnp.minimum(now, microbatches - 1), keepdims=False)
         given = jnp.where(stage == 0, first, received)
-        out = model.layers(_part(model.inner, chunk), given, jnp.clip(now - stage, 0, microbatches - 1), chunk)
+        number = jnp.clip(now - stage, 0, microbatches - 1)
+        out = model.layers(given, number, chunk).run(_part(model.inner, chunk), given)
         last = collectives.all_reduce(_mask(stage == stages - 1, out), Axis.PIPE)
         out = jnp.where(stage > stages, last, out)  # never; all devices communicate in one order, as in a step
         return collectives.shift(out, Axis.PIPE, 1), collectives.mark_varying(last, Axis.PIPE)
@@ -133,11 +152,13 @@ class _Tick:
     """One tick of one stage.
 
     Attributes:
+        way: from forward to backward.
         row: the table's, of this stage where it has one for each.
         counts: for what may be in a tick, in how many of them it is, and of how many.
     """
 
     model: Model
+    way: Recompute | Stored | Split
     row: dict[str, Array]
     counts: dict[str, tuple[int, int]]
     stages: int
@@ -147,12 +168,21 @@ class _Tick:
         nothing = jnp.zeros_like(self.model.like)
         # One after another, so that all devices communicate in one order: where few threads play many devices, as on a
         # CPU, two collectives at once can wait for each other's threads for ever.
-        carry, back = self._if("has_backward", self._backward, (carry, nothing))
-        carry, seen = self._if("embed_gradient_microbatch", partial(self._embed_backward, back), (carry, back))
-        embedded = self._if("embed_microbatch", self._embed, self._after((carry.outer, seen), nothing))
-        carry = carry._replace(stash=self._after(embedded, carry.stash))
-        carry, out = self._if("has_forward", partial(self._forward, embedded), (carry, nothing))
-        carry = self._if("head_microbatch", partial(self._head, out), carry)
+        # A branch gives what it changes, and only that: what went through unchanged would be copied.
+        changed = carry.inner, carry.left, nothing
+        inner, left, back = self._if("has_backward", partial(self._backward, carry), changed)
+        carry = carry._replace(inner=inner, left=left)
+        if isinstance(self.way, Split):
+            inner = self._if("has_weight", partial(self._weights, self.way, carry), inner)
+            carry, back = carry._replace(inner=inner), self._after(inner, back)
+        outer, seen = self._if("embed_gradient_microbatch", partial(self._embed_backward, back), (carry.outer, back))
+        embedded = self._if("embed_microbatch", self._embed, self._after((outer, seen), nothing))
+        carry = carry._replace(outer=outer, activations=self._after(embedded, carry.activations))
+        changed = carry.stash, nothing
+        stash, out = self._if("has_forward", partial(self._forward, embedded, carry.activations), changed)
+        changed = carry.loss, carry.outer, carry.gradients
+        loss, outer, gradients = self._if("head_microbatch", partial(self._head, out), changed)
+        carry = carry._replace(stash=stash, loss=loss, outer=outer, gradients=gradients)
         out = self._after((carry.outer, carry.gradients), out)
         arrived = self._if("sends_activation", partial(self._send, out, 1), nothing)
         back = self._after(arrived, back)
@@ -180,70 +210,87 @@ class _Tick:
 
         return lax.cond(flag if flag.dtype == jnp.bool_ else flag >= 0, branch, lambda same: same, otherwise)
 
-    def _backward(self, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
-        carry, _ = given
-        number = self.row["backward_microbatch"]
-        x, gradient = _read(carry.stash, self.row["backward_stash"]), _read(carry.gradients, self.row["backward_read"])
-        chunk = jnp.maximum(self.row["backward_chunk"], 0)
-        again = lambda inner, x: self.model.layers(inner, x, jnp.maximum(number, 0), chunk)  # noqa: E731
-        with jax.named_scope("backward"), jax.named_scope("rematted_computation"):
-            _, transpose = jax.vjp(again, _part(self.model.inner, chunk), x)
-        inner, back = transpose(gradient)
-        inner = _add(_part(carry.inner, chunk), inner, number >= 0)
-        return carry._replace(inner=_put(carry.inner, inner, chunk)), _mask(number >= 0, back)
+    def _layers(self, name: str) -> tuple[Array, Array, Stack, Tree]:
+        """Of an operation the microbatch, -1 where there is none, the chunk, its layers and their parameters."""
+        number, chunk = self.row[f"{name}_microbatch"], jnp.maximum(self.row[f"{name}_chunk"], 0)
+        stack = self.model.layers(self.model.like, jnp.maximum(number, 0), chunk)
+        return number, chunk, stack, _part(self.model.inner, chunk)
 
-    def _embed_backward(self, back: Array, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
-        carry, _ = given
+    def _backward(self, carry: _Carry, given: tuple[Tree, Tree, Array]) -> tuple[Tree, Tree, Array]:
+        sums, slots, _ = given
+        kept = _read(carry.stash, self.row["backward_stash"])
+        gradient = _read(carry.gradients, self.row["backward_read"])
+        with jax.named_scope("backward"):
+            number, chunk, stack, parameters = self._layers("backward")
+            inner, back, left = self.way.backward(stack, parameters, kept, gradient)
+        slots = _write(slots, self.row["backward_write"], left)
+        return _add_part(sums, inner, chunk, number >= 0), slots, _mask(number >= 0, back)
+
+    def _weights(self, way: Split, carry: _Carry, sums: Tree) -> Tree:
+        kept, left = _read(carry.stash, self.row["weight_stash"]), _read(carry.left, self.row["weight_read"])
+        with jax.named_scope("backward"):
+            number, chunk, stack, parameters = self._layers("weight")
+            inner = way.weights(stack, parameters, kept, left)
+        return _add_part(sums, inner, chunk, number >= 0)
+
+    def _embed_backward(self, back: Array, given: tuple[Tree, Array]) -> tuple[Tree, Array]:
+        sums, _ = given
         number = self.row["embed_gradient_microbatch"]
-        gradient = self._broadcast(back, 0)
+        gradient = self._of(0, back)
         embed = lambda outer: self.model.embed(outer, number)  # noqa: E731
         with jax.named_scope("backward"):
             _, transpose = jax.vjp(embed, self.model.outer)
             (outer,) = transpose(gradient)
-        return carry._replace(outer=_add(carry.outer, outer)), collectives.mark_varying(gradient, Axis.PIPE)
+        return _add(sums, outer), collectives.mark_varying(gradient, Axis.PIPE)
 
     def _embed(self, nothing: Array) -> Array:
         x = self.model.embed(self.model.outer, self.row["embed_microbatch"])
         return collectives.mark_varying(x, Axis.PIPE)
 
-    def _forward(self, embedded: Array, given: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
-        carry, _ = given
-        number, read = self.row["forward_microbatch"], self.row["forward_read"]
-        x = jnp.where(read >= 0, _read(carry.activations, read), embedded)
-        chunk = jnp.maximum(self.row["forward_chunk"], 0)
-        y = self.model.layers(_part(self.model.inner, chunk), x, jnp.maximum(number, 0), chunk)
-        return carry._replace(stash=_write(carry.stash, self.row["forward_stash"], x)), y
+    def _forward(self, embedded: Array, activations: Array, given: tuple[Tree, Array]) -> tuple[Tree, Array]:
+        slots, _ = given
+        read = self.row["forward_read"]
+        x = jnp.where(read >= 0, _read(activations, read), embedded)
+        _, _, stack, parameters = self._layers("forward")
+        y, kept = self.way.forward(stack, parameters, x)
+        return _write(slots, self.row["forward_stash"], kept), y
 
-    def _head(self, out: Array, carry: _Carry) -> _Carry:
+    def _head(self, out: Array, given: tuple[Array, Tree, Array]) -> tuple[Array, Tree, Array]:
+        total, sums, slots = given
         number = self.row["head_microbatch"]
-        x = self._broadcast(out, self.stages - 1)
-        head = lambda outer, x: self.model.head(outer, x, number)  # noqa: E731
+        last = self.stages - 1
+        x = self._of(last, out)
+
+        def head(outer: Tree, x: Array) -> Array:
+            loss = self.model.head(outer, x, number)
+            return _mask(collectives.index(Axis.PIPE) == last, loss) if self.model.ends else loss
+
         loss, transpose = jax.vjp(head, self.model.outer, x)
         outer, gradient = transpose(jnp.ones_like(loss))
-        slot = jnp.where(collectives.index(Axis.PIPE) == self.stages - 1, self.row["head_write"], -1)
+        slot = jnp.where(collectives.index(Axis.PIPE) == last, self.row["head_write"], -1)
         gradient = collectives.mark_varying(gradient, Axis.PIPE)
-        return carry._replace(
-            loss=carry.loss + loss,
-            outer=_add(carry.outer, outer),
-            gradients=_write(carry.gradients, slot, gradient),
-        )
+        return total + loss, _add(sums, outer), _write(slots, slot, gradient)
 
     def _send(self, x: Array, step: int, nothing: Array) -> Array:
         return collectives.shift(x, Axis.PIPE, step)
 
-    def _broadcast(self, x: Array, stage: int) -> Array:
-        """What one stage has, on all of them."""
-        return collectives.all_reduce(_mask(collectives.index(Axis.PIPE) == stage, x), Axis.PIPE)
+    def _of(self, stage: int, x: Array) -> Array:
+        """What one stage has, on all of them; or, where each end is by itself, on that one, and zero on the others."""
+        own = _mask(collectives.index(Axis.PIPE) == stage, x)
+        return own if self.model.ends else collectives.all_reduce(own, Axis.PIPE)
 
 
-def _read(buffer: Array, slot: Array) -> Array:
-    return lax.dynamic_index_in_dim(buffer, jnp.maximum(slot, 0), keepdims=False)
+def _read(buffer: Tree, slot: Array) -> Tree:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, jnp.maximum(slot, 0), keepdims=False), buffer)
 
 
-def _write(buffer: Array, slot: Array, value: Array) -> Array:
+def _write(buffer: Tree, slot: Array, value: Tree) -> Tree:
     """The buffer with `value` in `slot`; -1 writes nothing."""
-    value = jnp.where(slot >= 0, value, _read(buffer, slot))
-    return lax.dynamic_update_index_in_dim(buffer, value, jnp.maximum(slot, 0), 0)
+
+    def write(x: Array, old: Array, value: Array) -> Array:
+        return lax.dynamic_update_index_in_dim(x, jnp.where(slot >= 0, value, old), jnp.maximum(slot, 0), 0)
+
+    return jax.tree.map(write, buffer, _read(buffer, slot), value)
 
 
 def _part(chunks: Tree, chunk: Array) -> Tree:
@@ -253,10 +300,11 @@ def _part(chunks: Tree, chunk: Array) -> Tree:
     )
 
 
-def _put(chunks: Tree, part: Tree, chunk: Array) -> Tree:
-    """`chunks` with `part` in the place of one of them."""
+def _add_part(sums: Tree, more: Tree, chunk: Array, flag: Array) -> Tree:
+    """Sums over chunks, `more` added to those of one of them."""
+    part = _add(_part(sums, chunk), more, flag)
     return jax.tree.map(
-        lambda x, y: y[None] if x.shape[0] == 1 else lax.dynamic_update_index_in_dim(x, y, chunk, 0), chunks, part
+        lambda x, y: y[None] if x.shape[0] == 1 else lax.dynamic_update_index_in_dim(x, y, chunk, 0), sums, part
     )
 
 
@@ -265,7 +313,12 @@ def _mask(flag: Array | bool, x: Array) -> Array:
 
 
 def _add(sums: Tree, more: Tree, flag: Array | None = None) -> Tree:
-    def add(total: Array, x: Array) -> Array:
+    """The sums and `more`, where that is not None."""
+
+    def add(total: Array, x: Array | None) -> Array:
+        if x is None:
+            return total
         return total + (x if flag is None else _mask(flag, x)).astype(total.dtype)
 
-    return jax.tree.map(add, sums, more)
+    leaves, tree = jax.tree.flatten(sums)
+    return tree.unflatten(map(add, leaves, tree.flatten_up_to(more)))

@@ -90,7 +90,8 @@ def zb_h1(stages: int, microbatches: int, chunks: int = 1) -> Orders:
     """ZB-H1: 1F1B with the backward split, weight gradients filling its bubble (arXiv:2401.10241 section 2.1).
 
     Stage s starts weight gradients s microbatches late, so that every stage holds min(p, m) microbatches, as many as
-    the first stage of 1F1B.
+    the first stage of 1F1B. It runs where stages keep residuals, `Pipeline(recompute=False)`; in the executor's common
+    ticks the bubble is (p - 1)(F + I), where that of 1F1B is (p - 1)(F + I + W).
     """
     _refuse_chunks("zb-h1", chunks)
     orders = []

@@ -24,6 +24,7 @@ Slots are the colours of an interval graph, each interval the life of one value 
 interval the lowest free slot in order of starts needs as many slots as values ever live together, and no fewer do.
 """
 
+import functools
 import heapq
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -61,10 +62,18 @@ def make_table(schedule: str | Schedule, stages: int, microbatches: int, chunks:
     stage 1 F       .  0  1  2  .  .
     stage 1 B       .  .  0  1  2  .
     """
+    # Of a name there is one table; a user's function may give another order the next time.
+    return (_known if isinstance(schedule, str) else _packed)(schedule, stages, microbatches, chunks)
+
+
+def _packed(schedule: str | Schedule, stages: int, microbatches: int, chunks: int) -> Table:
     order = orders(schedule, stages, microbatches, chunks)
     table = _table(_times(order, chunks), stages, microbatches, chunks)
     validate(table)
     return table
+
+
+_known = functools.lru_cache(maxsize=64)(_packed)
 
 
 def _times(order: Orders, chunks: int) -> _Ticks:

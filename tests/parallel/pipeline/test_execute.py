@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import defaultdict
 
 import jax
 import numpy as np
@@ -9,7 +10,8 @@ import optax
 import pytest
 
 import shardlm as sl
-from shardlm.parallel.pipeline import Kind, Operation
+from shardlm.inspect import assert_uniform_branches, hlo, memory
+from shardlm.parallel.pipeline import Kind, Operation, execute, make_table
 
 CONFIG = sl.TransformerConfig(vocab_size=64, num_layers=4, d_model=64, num_heads=4, d_ff=128)
 STAGES, SEQUENCE = 4, 64
@@ -49,6 +51,13 @@ def test_memory_of_1f1b_does_not_grow_with_the_microbatches_and_of_gpipe_does(pr
     more = temporaries(programs["gpipe", 32]) - temporaries(programs["gpipe", 8])
     one = 2 * SEQUENCE * CONFIG.d_model * 4
     assert more >= 24 * one  # a stashed input and more for each further microbatch
+
+
+@pytest.mark.parametrize(("schedule", "microbatches"), [("1f1b", 8), ("gpipe", 8), ("gpipe", 32)])
+def test_the_peak_is_predicted_within_a_tenth(programs, schedule: str, microbatches: int):
+    predicted = trainer(schedule, microbatches).explain(2 * microbatches, SEQUENCE).memory
+    compilers = memory.with_compiled(predicted, programs[schedule, microbatches]).compiled
+    assert predicted.peak == pytest.approx(compilers, rel=0.10)
 
 
 def test_the_program_does_not_grow_with_the_microbatches(programs):
@@ -140,12 +149,62 @@ def test_a_state_whose_layers_are_elsewhere_is_refused():
         two.step(one.init(), {"tokens": rows, "targets": rows})
 
 
-def test_a_report_says_what_the_bubble_is():
-    report = trainer("1f1b", 8).explain(batch_size=16, sequence=SEQUENCE)
-    assert any("a stage has a forward in 8 of 11 ticks that have any; in the others, 27.3%" in n for n in report.notes)
-    [there] = report.ledger.select("collective-permute", "pipe", "forward")[:1]
-    # Ticks in which some stage has an activation to send: all with forwards but the last.
-    assert there.count == 10 and there.elements == 2 * SEQUENCE * CONFIG.d_model
+def products(text: str) -> dict[str, set[tuple[str, str]]]:
+    """By conditional of a compiled program, the matrix products in it: how often it is taken, and their direction."""
+    bodies, found = hlo._computations(text), defaultdict(set)
+
+    def walk(name: str, within: str) -> None:
+        for instruction in bodies[name].instructions.values():
+            if instruction.opcode == "dot":
+                [place] = re.findall(r'op_name="([^"]*)"', instruction.line)
+                back = "transpose(" in place or "/backward/" in place
+                found[within].add((re.findall(r"taken_\d+_of_\d+", place)[0], "backward" if back else "forward"))
+            for called in instruction.called:
+                walk(called, within or (instruction.name if instruction.opcode == "conditional" else ""))
+
+    walk(next(name for name, body in bodies.items() if body.entry), "")
+    return dict(found)
+
+
+@pytest.mark.parametrize(("schedule", "ticks"), [("1f1b", (11, 15)), ("gpipe", (11, 22)), ("interleaved", (17, 21))])
+def test_ticks_without_a_backward_or_a_forward_do_not_compute_one(programs, schedule: str, ticks: tuple[int, int]):
+    taken, total = ticks
+    pipeline = trainer(schedule, 8).layout.pipeline
+    stages, steps = STAGES // pipeline.chunks, make_table(schedule, STAGES // pipeline.chunks, 8, pipeline.chunks)
+    assert (steps.has_forward.sum(), steps.has_backward.sum(), steps.ticks) == (taken, taken, total)
+    assert not steps.has_backward[:stages].any() and not steps.has_forward[-stages:].any()
+    # Three conditionals hold all products: the layers' backward with the forward that it repeats, their forward, and
+    # the head, which is both.
+    layers, head = f"taken_{taken}_of_{total}", f"taken_8_of_{total}"
+    found = products(programs[schedule, 8].as_text())
+    assert "" not in found
+    assert sorted(map(sorted, found.values())) == [
+        [(layers, "backward")], [(layers, "forward")], [(head, "backward"), (head, "forward")]
+    ]  # fmt: skip
+
+
+def traced(made: sl.Trainer):
+    rows = jax.ShapeDtypeStruct((4, SEQUENCE), np.int32)
+    return jax.make_jaxpr(made.step_function)(
+        made.abstract_state, made.abstract_batch({"tokens": rows, "targets": rows})
+    )
+
+
+@pytest.mark.parametrize("name", ["1f1b", "uneven chunks"])
+def test_all_devices_take_the_same_branches(name: str):
+    assert_uniform_branches(traced(sl.Trainer(CONFIG, FOUR[name], devices=4)))
+
+
+def test_a_branch_that_stages_take_alone_is_seen(monkeypatch: pytest.MonkeyPatch):
+    together = execute._Tick._if
+
+    def alone(self, what, function, otherwise):
+        row = self.row | {"sends_gradient": self.row["sends_gradient"] & (self.row["backward_microbatch"] >= 0)}
+        return together(dataclasses.replace(self, row=row), what, function, otherwise)
+
+    monkeypatch.setattr(execute._Tick, "_if", alone)
+    with pytest.raises(AssertionError, match="collective-permute in a cond whose predicate varies over pipe"):
+        assert_uniform_branches(traced(sl.Trainer(CONFIG, FOUR["1f1b"], devices=4)))
 
 
 @pytest.mark.parametrize(
@@ -178,8 +237,7 @@ def test_layouts_that_cannot_be_are_refused(settings, text):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"schedule": "2f2b"}, "schedule='2f2b' is not one of '1f1b', 'gpipe', 'interleaved', nor a function"),
-        ({"schedule": "zb-h1"}, "'zb-h1' is not run yet"),
+        ({"schedule": "2f2b"}, "schedule='2f2b' is not one of '1f1b', 'gpipe', 'interleaved', 'zb-h1', nor a function"),
         ({"microbatches": 0}, "microbatches=0 is not a positive integer"),
         ({"chunks": 2}, "chunks=2: schedule '1f1b' has one chunk per stage; 'interleaved' has several"),
         ({"layers": "3+1"}, "layers='3\\+1' is not a list of how many layers each piece has"),

@@ -18,14 +18,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from shardlm.checkpoint import Checkpoints, digest, files, read_metadata, restore, save
+from shardlm.checkpoint import Checkpoints, SaveError, digest, read_metadata, restore, save, write
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VOCAB = 11  # divides by nothing
 TABLE = "embedding/table"
-
-# Orbax drops the coroutines of its other reads when one fails on a damaged file.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @jax.tree_util.register_dataclass
@@ -173,6 +170,7 @@ def test_a_checkpoint_of_another_model_is_one_error_with_every_mismatch(saved):
     with pytest.raises(ValueError, match="is of another model or optimizer") as error:
         restore(path, target, rows=padded)
     lines = str(error.value).splitlines()
+    assert lines[-1].endswith('are named by mapping= and ignore=; only="params" leaves the optimizer out')
     assert [line.strip() for line in lines[1:-1] if "opt_state" not in line] == [
         "params/embedding/table: shape expected (12, 15), found (12, 16)",
         "params/layers/bias: missing, expected bfloat16 (8,)",
@@ -263,74 +261,6 @@ def test_a_wrong_step_lists_those_there_are(tmp_path):
         restore(tmp_path / "run", {"x": jnp.zeros(3)})
 
 
-@pytest.fixture
-def damaged(tmp_path) -> tuple[Path, dict]:
-    """One step of two, for a test to damage, and its state: noise, which compression stores as it is."""
-    noise = np.random.default_rng(0).integers(0, 2**32, (64, 256), np.uint32)
-    state = {"w": jax.device_put(noise, NamedSharding(grid(2, 4), P("a")))}
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        for step in (20, 100):
-            checkpoints.save(step, state)
-    return tmp_path / "run/100", state
-
-
-def largest_file(path: Path) -> Path:
-    return max(path.rglob("*"), key=lambda entry: entry.stat().st_size if entry.is_file() else 0)
-
-
-def test_a_truncated_or_missing_file_is_named(damaged):
-    path, state = damaged
-    file = largest_file(path)
-    content = file.read_bytes()
-    file.write_bytes(content[:-100])
-    message = (
-        rf"/100 is damaged: .* cut short: .*{file.name} \({len(content) - 100} of {len(content)} bytes\)\. Restore"
-    )
-    with pytest.raises(ValueError, match=message + r" another one \(steps in .*/run: 20, 100\)"):
-        restore(path, state)
-    file.unlink()
-    with pytest.raises(ValueError, match=rf"{file.name} \(0 of {len(content)} bytes\)"):
-        restore(path, state)
-    (path / "metadata.json").write_text((path / "metadata.json").read_text()[:-20])
-    with pytest.raises(ValueError, match=r"/100 is damaged: metadata.json cannot be read"):
-        restore(path, state)
-
-
-def test_a_flipped_bit_is_found(damaged, monkeypatch):
-    path, state = damaged
-    file = largest_file(path)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"/100 is damaged: what was read is not what was saved: w\. Restore another"):
-        restore(path, state)
-    # Nothing but the digest sees it.
-    digests = json.loads((path / "metadata.json").read_text())["digests"]
-    monkeypatch.setattr(files, "digests", lambda arrays: digests)
-    assert int((restore(path, state)["w"] != state["w"]).sum()) == 1
-
-
-def test_a_file_that_orbax_cannot_read_is_damage(damaged):
-    path, state = damaged
-    for file, message in [
-        (largest_file(path), "its arrays cannot be read"),
-        (path / "state/manifest.ocdbt", "its list of arrays cannot be read"),
-    ]:
-        file.write_bytes(bytes(file.stat().st_size))
-        with pytest.raises(
-            ValueError, match=rf"/100 is damaged: {message} \(\w+: .+\)\. Restore another one \(steps in"
-        ):
-            restore(path, state)
-
-
-def test_another_format_is_refused(damaged):
-    path, state = damaged
-    record = json.loads((path / "metadata.json").read_text())
-    (path / "metadata.json").write_text(json.dumps(record | {"format": 2}))
-    with pytest.raises(ValueError, match="is in format 2; this version of shardlm reads format 1"):
-        restore(path, state)
-
-
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", ["bool", "int8", "bfloat16", "float32", "float64", "complex64"])
 def test_digests_see_values_and_places_but_not_the_layout_or_zero_padding(dtype):
@@ -369,12 +299,12 @@ def test_a_run_keeps_its_last_checkpoints_and_goes_on(tmp_path):
         for step in (1, 2, 30):
             checkpoints.save(step, {"x": jnp.full(3, float(step))}, {"step": step})
             assert checkpoints.latest() == step
-    (tmp_path / "run/31.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "run/31.saving").mkdir()
     with Checkpoints(tmp_path / "run", keep=2) as checkpoints:
         assert (checkpoints.steps(), checkpoints.latest()) == ([2, 30], 30)
         assert checkpoints.restore(30, target)["x"].tolist() == [30, 30, 30]
         assert checkpoints.metadata(2) == {"step": 2}
-        assert (tmp_path / "run/31.orbax-checkpoint-tmp").exists()  # a reader removes nothing
+        assert (tmp_path / "run/31.saving").exists()  # a reader removes nothing
         for step in (-1, 29, 30):
             with pytest.raises(
                 ValueError, match=rf"cannot save step {step} to .*/run \(steps in .*: 2, 30\): steps only"
@@ -391,16 +321,16 @@ def test_a_run_keeps_its_last_checkpoints_and_goes_on(tmp_path):
 
 
 def test_a_save_that_fails_in_the_background_raises_and_the_next_one_works(tmp_path, monkeypatch):
-    def full(directory):
+    def full(directory, names):
         raise OSError("No space left on device")
 
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"x": jnp.ones(3)})
         checkpoints.wait()
         with monkeypatch.context() as patch:
-            patch.setattr(files, "_file_sizes", full)
+            patch.setattr(write, "digest_files", full)
             checkpoints.save(2, {"x": jnp.ones(3)})
-            with pytest.raises(RuntimeError, match=f"a save to {tmp_path} failed: OSError: No space left on device"):
+            with pytest.raises(SaveError, match=f"{tmp_path}/2 could not be saved: OSError: No space left on device"):
                 checkpoints.wait()
         assert checkpoints.latest() == 1
         checkpoints.save(2, {"x": jnp.ones(3)})
@@ -442,13 +372,13 @@ def test_after_a_kill_the_last_complete_checkpoint_is_the_latest(tmp_path):
             out, err = run.stdout.read(), run.stderr.read()
         assert said[0] == latest + 1, err  # it went on where the one before was killed
         if seed == 0:
-            assert err == ""  # no chatter in normal use; later ones may be told of an old step deleted halfway
+            assert err == ""  # no chatter in normal use
         last_said = int((out.split() or said)[-1])
         latest = Checkpoints(tmp_path).latest()
         assert last_said - 2 <= latest <= last_said
         assert all((leaf == latest).all() for leaf in restore(tmp_path / str(latest), target))
         assert read_metadata(tmp_path / str(latest)) == {"step": latest}
-        unfinished += any("tmp" in entry.name for entry in tmp_path.iterdir())
+        unfinished += any(entry.name.endswith(".saving") for entry in tmp_path.iterdir())
         if seed >= 2 and unfinished:
             break
     assert unfinished, "no kill hit a save: the test has shown nothing"

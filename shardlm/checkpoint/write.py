@@ -1,0 +1,187 @@
+"""Writing a checkpoint: the copy off the devices first, and then, in a thread, everything else."""
+
+import contextlib
+import datetime
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from .digest import digests
+from .hashes import digest_files, names_in
+from .processes import SaveError, barrier, errors_of_all, is_first
+from .record import FORMAT, STATE, describe_array, write_record
+
+UNFINISHED, REMOVED = ".saving", ".removed"  # what a folder's name ends in while it is written, while it is deleted
+
+
+class Write:
+    """One checkpoint on its way to the disk, in steps that a failure on any process leads through to the end.
+
+    1. The first process makes `path.saving`. All processes hear whether it could.
+    2. Each copies its shards to the host's memory: `Write(...)` returns, and the arrays may be donated.
+    3. In a thread, each writes its files and their hashes. All wait for one another, whether it went well or not.
+    4. If all went well, the first process merges the lists of arrays, hashes the other files, writes metadata.json and
+       gives the folder its name: until then there is no checkpoint.
+    5. `wait` ends the thread, and tells all processes whether there is one now.
+
+    The errors of Orbax's own managers are raised between barriers: one process with a full disk would leave the others
+    waiting for ten minutes. So only its handler of arrays is used here.
+
+    Args:
+        path: the folder to make. What is there is replaced.
+        arrays: by path in the state.
+        record: what metadata.json is to say beside the arrays and files.
+        after: called in the first process's thread when the checkpoint is there.
+
+    Raises:
+        SaveError: the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        path: Any,
+        arrays: dict[str, jax.Array],
+        record: dict[str, Any],
+        after: Callable[[], None] = lambda: None,
+    ):
+        self.path, self.unfinished = path, path.parent / f"{path.name}{UNFINISHED}"
+        found = digests(arrays)
+        self._record = record | {"arrays": {name: describe_array(x, found[name]) for name, x in arrays.items()}}
+        self._after = after
+        self._error: BaseException | None = None
+        try:
+            if is_first():
+                self.unfinished.rmtree(missing_ok=True)
+                (self.unfinished / STATE).mkdir(parents=True)
+        except OSError as error:
+            self._error = error
+        self._raise_together()
+        self._handler = _Arrays()
+        try:
+            self._handler.save(self.unfinished / STATE, args=ocp.args.StandardSave(arrays))
+        except Exception as error:
+            self._error = error
+        self._thread = threading.Thread(target=self._finish, name="shardlm checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the checkpoint has its name. Raises SaveError if it never will."""
+        self.join()
+        self._raise_together()
+
+    def join(self) -> None:
+        """Return when this process has done its part, and the others theirs; whether all went well is not asked."""
+        self._thread.join()
+        self._handler.close()
+
+    def _raise_together(self) -> None:
+        if text := errors_of_all(self._error):
+            if is_first():
+                with contextlib.suppress(OSError):
+                    self.unfinished.rmtree(missing_ok=True)
+            raise SaveError(f"{self.path} could not be saved: {text}") from self._error
+
+    def _finish(self) -> None:
+        try:
+            self._write_own()
+        except BaseException as error:
+            self._error = error
+        try:
+            barrier()
+            if is_first() and self._error is None:
+                self._commit()
+                self._after()
+        except BaseException as error:
+            self._error = error
+
+    def _write_own(self) -> None:
+        if self._error is not None:
+            return
+        for future in self._handler.commits:
+            future.result()
+        index = jax.process_index()
+        folders = f"{STATE}/ocdbt.process_{index}/", f"{STATE}/array_metadatas/process_{index}"
+        names = [name for name in names_in(self.unfinished) if name.startswith(folders[0]) or name == folders[1]]
+        hashes = digest_files(self.unfinished, names)
+        (self.unfinished / f"process_{index}.json").write_text(json.dumps(hashes))
+
+    def _commit(self) -> None:
+        files = {}
+        for index in range(jax.process_count()):
+            part = self.unfinished / f"process_{index}.json"
+            if not part.exists():
+                raise OSError(f"process {index} has not written its part")
+            files |= json.loads(part.read_text())
+            part.unlink()
+        self._handler.finalize(self.unfinished / STATE)
+        files |= digest_files(self.unfinished, [name for name in names_in(self.unfinished) if name not in files])
+        write_record(self.unfinished, self._record | {"files": dict(sorted(files.items()))})
+        if self.path.exists():
+            old = self.path.parent / f"{self.path.name}{REMOVED}"
+            old.rmtree(missing_ok=True)
+            self.path.rename(old)
+            self.unfinished.rename(self.path)
+            with contextlib.suppress(OSError):  # the checkpoint is there, whatever becomes of the old one
+                old.rmtree()
+        else:
+            self.unfinished.rename(self.path)
+
+
+class _Arrays(ocp.StandardCheckpointHandler):
+    """Orbax's handler of arrays, whose `save` returns once they are copied; `commits` are the writes that follow."""
+
+    commits: list[Any] = []
+
+    async def async_save(self, directory, *arguments, **options):
+        self.commits = await super().async_save(directory, *arguments, **options) or []
+        return []
+
+
+def flatten(state: Any) -> tuple[dict[str, Any], Any]:
+    """Leaves by path, and the structure."""
+    leaves, treedef = jax.tree.flatten_with_path(state)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the state have the same path: a name in it contains a slash")
+    return named, treedef
+
+
+def checked(state: Any, metadata: dict | None) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """The arrays to save and what to say of them; raises what `save` raises for a state or metadata that cannot be."""
+    arrays, _ = flatten(state)
+    for name, leaf in arrays.items():
+        if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            kind = f"{type(leaf).__name__} {getattr(leaf, 'dtype', '')}".strip()
+            raise TypeError(f"{name}: a state is made of jax.Arrays of numbers (of a key, its key_data), not {kind}")
+    if empty := [name for name, leaf in arrays.items() if leaf.size == 0] or ([] if arrays else ["the whole state"]):
+        raise ValueError(f"there are no elements to save in {', '.join(empty)}")
+    try:
+        metadata = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))  # a copy: the caller's may change
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata must be a dict that JSON can hold: {error}") from error
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record = {"format": FORMAT, "saved": now, "processes": jax.process_count(), "metadata": metadata}
+    if (layer_rows := getattr(state, "layer_rows", None)) is not None:
+        record["layer_rows"] = layer_rows
+    return arrays, record
+
+
+def remove(path: Any) -> None:
+    """Delete a checkpoint; a kill on the way leaves none that looks complete."""
+    doomed = path.parent / f"{path.name}{REMOVED}"
+    doomed.rmtree(missing_ok=True)
+    path.rename(doomed)
+    doomed.rmtree()
+
+
+def remove_leftovers(directory: Any) -> None:
+    """Delete what killed runs have left half-written or half-deleted in a run's folder."""
+    for entry in list(directory.iterdir()):
+        stem, dot, ending = entry.name.partition(".")
+        if stem.isdecimal() and dot + ending in (UNFINISHED, REMOVED):
+            entry.rmtree() if entry.is_dir() else entry.unlink()

@@ -1,0 +1,112 @@
+"""`python -m shardlm convert`: a Hugging Face folder or a checkpoint to a Hugging Face folder, with no accelerator."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from shardlm.checkpoint import read_metadata, restore
+from shardlm.hub.files import DTYPES, Tensors, folder_of, read_config
+from shardlm.hub.match import match, one_dtype
+from shardlm.hub.registry import family_of_file
+from shardlm.hub.save import save_hf
+from shardlm.hub.tokenizer import TEXT_FILES
+from shardlm.hub.write import Output, check_target, parse_size, write_folder
+from shardlm.layout import Layout
+from shardlm.models.config import TransformerConfig
+from shardlm.train.transformer import TransformerProgram
+
+_SHORT = {"bf16": "bfloat16", "f16": "float16", "fp16": "float16", "f32": "float32", "fp32": "float32"}
+
+
+def add_command(commands: Any) -> None:
+    """Add `convert` to the command line's parsers."""
+    command = commands.add_parser(
+        "convert",
+        help="write a model as a Hugging Face folder",
+        description="Write a checkpoint that training saved, or a Hugging Face folder, as a Hugging Face folder: to "
+        "hand a trained model on, to store one in another dtype, or in files of another size.",
+    )
+    command.set_defaults(run=convert)
+    add = command.add_argument
+    add("source", metavar="SRC", help="a Hugging Face folder, or a checkpoint (runs/a/300) of a sl.Transformer")
+    add("target", metavar="DST", help="the folder to make")
+    add("--dtype", help="of the parameters: bf16, f16, f32 (default: as in SRC)")
+    add("--max-shard-size", default="5GB", help="bytes of tensors in a file (default: 5GB)")
+    add("--overwrite", action="store_true", help="replace the model at DST")
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    dtype = _SHORT.get(options.dtype, options.dtype)
+    legal = {str(known): known for known in DTYPES.values()}
+    if dtype is not None and dtype not in legal:
+        raise ValueError(f"--dtype {options.dtype}; it is one of {', '.join((*_SHORT, *legal))}")
+    parse_size(options.max_shard_size)
+    check_target(options.target, options.overwrite)
+    source = Path(options.source).expanduser()
+    if (source / "metadata.json").is_file() or not source.is_dir():
+        what = _checkpoint(source, options, dtype)
+    else:
+        what = _folder(source, options, None if dtype is None else legal[dtype])
+    print(f"{what} from {options.source} to {options.target}")
+    return 0
+
+
+def _folder(source: Path, options: argparse.Namespace, dtype: np.dtype | None) -> str:
+    """Tensor by tensor, and all that belongs to the model's text as it is."""
+    path = folder_of(source)
+    values = read_config(path)
+    where = str(path / "config.json")
+    family = family_of_file(values, where)
+    config = family.config(values, where)
+    target = check_target(options.target, options.overwrite)
+    if target == path:
+        raise ValueError(f"{target} is what is read: give another folder")
+    with Tensors(path) as files:
+        names = match(config, family, files, str(path))
+        wanted = one_dtype(files, names, str(path)) if dtype is None else dtype
+        outputs = [
+            Output(tensor.name, tensor.shape, wanted, _cast(files, names.found[tensor.name], wanted))
+            for tensor in names.tensors
+        ]
+        texts = {name: (path / name).read_bytes() for name in TEXT_FILES if (path / name).is_file()}
+        # The file's own fields, whose meaning is known, and not ours: the length of training's context is in none.
+        stated = values | {"architectures": [family.architectures[0]], "dtype": str(wanted), "torch_dtype": str(wanted)}
+        write_folder(target, outputs, stated, texts, options.max_shard_size, verbose=True)
+    return f"{len(outputs)} tensors of a {family.model_type} in {wanted}"
+
+
+def _cast(files: Tensors, name: str, dtype: np.dtype) -> Callable[[], np.ndarray]:
+    def make() -> np.ndarray:
+        value = files.read(name)
+        with np.errstate(over="ignore"):  # it is looked for
+            cast = value.astype(dtype)
+        if dtype == np.float16 and not np.isfinite(cast).all():
+            raise ValueError(f"{name} has values beyond the 65504 of float16, or is not finite: use --dtype bf16")
+        return cast
+
+    return make
+
+
+def _checkpoint(source: Path, options: argparse.Namespace, dtype: str | None) -> str:
+    """By way of the parameters, without the optimizer's state, on the CPU."""
+    saved = read_metadata(source)
+    if "config" not in saved:
+        raise ValueError(f"the checkpoint {source} does not say what its model is: fit saves that, or sl.save with the "
+                         'metadata {"config": config.to_dict()}')  # fmt: skip
+    config = TransformerConfig.from_dict(saved["config"])
+    [device, *_] = jax.devices("cpu")
+    program = TransformerProgram.of(config, Layout(), [device], "manual")
+    shapes, shardings = program.plan.shapes, program.plan.shardings("stored")
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    params = restore(source, {"params": target}, rows=program.padded_rows, only="params")
+    if dtype is not None:
+        params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
+        config = dataclasses.replace(config, param_dtype=dtype)
+    save_hf(options.target, config, params, None, options.max_shard_size, overwrite=options.overwrite)
+    return f"{program.num_parameters:,} parameters in {config.param_dtype}"

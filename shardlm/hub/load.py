@@ -1,0 +1,139 @@
+"""Parameters from a Hugging Face folder onto any layout: a device gets its part from the files, and no more is read."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from shardlm.hub.files import Tensors, folder_of, read_config
+from shardlm.hub.match import Names, match, one_dtype
+from shardlm.hub.progress import Progress
+from shardlm.hub.registry import family_of_file
+from shardlm.hub.stages import require_order
+from shardlm.hub.table import Placed, place
+from shardlm.hub.tokenizer import HubTokenizer, read_tokenizer
+from shardlm.layout import Layout
+from shardlm.models.config import TransformerConfig
+from shardlm.train.engine import Parameters, flatten, unflatten
+from shardlm.train.program import count_devices, require_devices
+from shardlm.train.transformer import TransformerProgram
+
+Index = tuple[slice, ...]
+
+
+def load_hf(
+    folder: str | os.PathLike,
+    layout: Layout | None = None,
+    dtype: str | None = None,
+    devices: Sequence[Any] | None = None,
+    *,
+    verbose: bool = True,
+) -> tuple[TransformerConfig, Parameters, HubTokenizer | None]:
+    """Read a model that transformers saved: Llama, Mistral, Qwen 2 and 3, Gemma 1, 2 and 3 (text), GPT-2.
+
+    Each device's part of each parameter is read from the files by itself; the host holds one part at a time. In a run
+    of several processes all call this, and each reads what its devices hold.
+
+    Args:
+        folder: with config.json and the weights as safetensors, in one file or several; nothing is downloaded.
+        layout: where the parameters go, as a `Trainer`'s; default one device.
+        dtype: of the parameters: "float32", "bfloat16", "float16" or "float64"; None is that of the files.
+        devices: as of a `Trainer`: default all of `jax.devices()`, or the first one without a layout.
+        verbose: show a progress bar, where the output is a terminal.
+
+    Returns:
+        The configuration, which computes and stores in the parameters' dtype (`dataclasses.replace` it to compute in
+        another), without dropout; the parameters, as `TrainState.params` on that layout; the tokenizer, or None where
+        the folder has no tokenizer.json.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no such model, a setting of config.json that a `TransformerConfig` has not, tensors that
+            are missing, too many, of a wrong shape, or damaged; the message lists all of a kind.
+        LayoutError: the layout does not fit the model or the devices.
+        ImportError: the packages of the extra hf are not installed.
+
+    Example:
+        >>> config, params, tokenizer = sl.load_hf("Qwen3-0.6B", sl.Layout(fsdp=8), dtype="float32")
+        >>> trainer = sl.Trainer(config, sl.Layout(fsdp=8))
+        >>> state = dataclasses.replace(trainer.init(), params=params)
+    """
+    path = folder_of(folder)
+    values = read_config(path)
+    family = family_of_file(values, str(path / "config.json"))
+    config = family.config(values, str(path / "config.json"))
+    if devices is None:
+        devices = jax.devices()[:1] if layout is None else jax.devices()
+    layout = (layout or Layout()).resolve(count_devices(devices))
+    require_order(layout.pipe)
+    with Tensors(path) as files:
+        names = match(config, family, files, str(path))
+        stored = str(one_dtype(files, names, str(path))) if dtype is None else dtype
+        config = dataclasses.replace(config, dtype=stored, param_dtype=stored)
+        plan = TransformerProgram.of(config, layout, devices, "manual").plan
+        require_devices(plan.mesh)
+        shapes = flatten(plan.shapes)
+        # Once more, with the padding of the vocabulary that this layout needs.
+        parameters = {name: (leaf.shape, plan.splits[name].dims) for name, leaf in shapes.items()}
+        names = dataclasses.replace(names, placed=place(family.rows, parameters, config.vocab_size))
+        params = _read(path, files, names, shapes, flatten(plan.shardings("stored")), verbose)
+    return plan.config, params, read_tokenizer(path, values)
+
+
+def _read(
+    path: Path,
+    files: Tensors,
+    names: Names,
+    shapes: dict[str, jax.ShapeDtypeStruct],
+    shardings: dict[str, NamedSharding],
+    verbose: bool,
+) -> Parameters:
+    params = {}
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in shapes.values())
+    with Progress(f"reading {path.name}", total, verbose) as progress:
+        for name, leaf in shapes.items():
+            sharding = shardings[name]
+            # Devices that hold the same part get it from one reading; no two parts are on the host at once.
+            holders: dict[tuple[Any, ...], list[Any]] = {}
+            indices: dict[tuple[Any, ...], Index] = {}
+            for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+                key = tuple((part.start, part.stop) for part in index or ())
+                holders.setdefault(key, []).append(device)
+                indices[key] = index or ()
+            arrays = []
+            for key, held_by in holders.items():
+                part = _part(files, names, name, leaf, indices[key])
+                # A copy, as a step writes its result in the place of its parameters.
+                arrays += [jax.device_put(part, device, may_alias=False) for device in held_by]
+                jax.block_until_ready(arrays)
+                progress.advance(leaf.size * leaf.dtype.itemsize / len(holders))
+            params[name] = jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+    return unflatten(params)
+
+
+def _part(files: Tensors, names: Names, name: str, leaf: jax.ShapeDtypeStruct, index: Index) -> np.ndarray:
+    """Part of a parameter, from the tensors of its layers."""
+    where = names.placed[name]
+    if not where.row.stacked:
+        return _layer(files, names.found[where.row.name], where, index, leaf.dtype)
+    layers = range(*index[0].indices(leaf.shape[0]))
+    parts = (_layer(files, names.found[where.row.name.format(layer=n)], where, index[1:], leaf.dtype) for n in layers)
+    first = next(parts)
+    result = np.empty((len(layers), *first.shape), leaf.dtype)
+    result[0] = first
+    for number, part in enumerate(parts, 1):
+        result[number] = part
+    return result
+
+
+def _layer(files: Tensors, tensor: str, where: Placed, index: Index, dtype: Any) -> np.ndarray:
+    part = where.read(files.reader(tensor), index, dtype)
+    narrower = np.dtype(dtype) == np.float16 and files.dtypes[tensor] != np.float16
+    if narrower and not np.isfinite(part).all():
+        raise ValueError(f"{tensor} has values beyond the 65504 of float16, or is not finite: use dtype='bfloat16'")
+    return part

@@ -1,0 +1,104 @@
+"""Of a run's checkpoints the right ones stay, and one run at a time saves to a folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from shardlm.checkpoint import Checkpoints, SaveError
+from shardlm.checkpoint.retention import Retention
+
+ROOT = Path(__file__).parents[2]
+LOSSES = {10: 3.0, 20: 1.0, 30: None, 40: 1.0, 50: 2.0, 60: 5.0}
+
+
+@pytest.mark.parametrize(
+    ("rules", "stay"),
+    [
+        ({"keep": 2}, [50, 60]),
+        ({"keep": 9}, [10, 20, 30, 40, 50, 60]),
+        ({"keep": None, "keep_best": 1}, [10, 20, 30, 40, 50, 60]),
+        ({"keep": 1, "keep_every": 30}, [30, 60]),
+        ({"keep": 1, "keep_every": 7}, [60]),
+        ({"keep": 1, "keep_best": 1}, [40, 60]),  # of two as good the newer
+        ({"keep": 1, "keep_best": 3}, [20, 40, 50, 60]),
+        ({"keep": 1, "keep_best": 9, "keep_every": 30}, [10, 20, 30, 40, 50, 60]),
+    ],
+)
+def test_a_checkpoint_stays_that_any_rule_names(rules, stay):
+    surplus = Retention(**rules).surplus(LOSSES)
+    assert sorted(LOSSES.keys() - surplus) == stay
+    assert surplus == sorted(surplus)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"keep": 0}, "keep=0: expected how many checkpoints stay, at least 1, or None for all"),
+        ({"keep_every": 0}, "keep_every=0: expected a number of steps, at least 1, or None"),
+        ({"keep_best": -1}, "keep_best=-1: expected how many checkpoints of lowest loss, at least 1, or None"),
+    ],
+)
+def test_a_rule_out_of_range_is_an_error(tmp_path, rules, message):
+    with pytest.raises(ValueError, match=message):
+        Checkpoints(tmp_path, **rules)
+
+
+def test_rules_hold_over_runs_and_leave_what_is_damaged(tmp_path):
+    state = {"x": jnp.ones(3)}
+    for losses in ({1: 1.0, 2: 2.0}, {3: 3.0, 4: 0.5}):
+        with Checkpoints(tmp_path, keep=1, keep_best=1) as checkpoints:
+            for step, loss in losses.items():
+                checkpoints.save(step, state, loss=loss)
+                if step == 1:
+                    checkpoints.wait()
+                    (tmp_path / "0").mkdir()
+    assert sorted(os.listdir(tmp_path)) == ["0", "4"]
+
+
+HOLD = """
+import sys, jax.numpy as jnp
+from shardlm.checkpoint import Checkpoints
+checkpoints = Checkpoints(sys.argv[1])
+checkpoints.save(1, {"x": jnp.ones(3)})
+checkpoints.wait()
+print("saved", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_runs_do_not_save_to_one_folder(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdin=-1, stdout=-1) as other:
+        assert other.stdout.readline() == "saved\n"
+        with Checkpoints(tmp_path) as checkpoints:
+            message = rf"cannot save to {tmp_path}: OSError: another run is saving there: process {other.pid} on "
+            with pytest.raises(SaveError, match=message):
+                checkpoints.claim()
+            assert checkpoints.restore(1, {"x": jnp.zeros(3)})["x"].tolist() == [1, 1, 1]  # any number may read
+            other.kill()
+            other.wait()
+            checkpoints.save(2, {"x": jnp.ones(3)})  # the dead hold nothing
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+def test_a_damaged_step_is_set_aside_as_often_as_it_is(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        names = []
+        for _ in range(2):
+            (tmp_path / "5").mkdir()
+            names.append(checkpoints.set_aside(5))
+        assert names == ["5.damaged", "5.damaged-2"]
+        assert checkpoints.steps() == []
+        with pytest.raises(SaveError, match="the damaged .*/7 could not be renamed: FileNotFoundError"):
+            checkpoints.set_aside(7)
+
+
+def test_an_error_in_its_block_is_raised_and_the_save_is_complete(tmp_path):
+    with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)})
+        raise ZeroDivisionError
+    assert sorted(os.listdir(tmp_path)) == ["1"]
