@@ -21,7 +21,8 @@ from shardlm.models.config import (
 )
 from shardlm.models.transformer import Transformer
 from shardlm.rules import ReplicatedParameterWarning, match_rules
-from shardlm.runtime import fake_devices
+from shardlm.runtime import fake_devices, initialize
+from shardlm.runtime.preemption import Preempted
 from shardlm.train.fit import NonFiniteLoss
 from shardlm.train.optimizer import adamw
 from shardlm.train.sample import sample
@@ -47,6 +48,7 @@ __all__ = [
     "Norm",
     "Piece",
     "Pipeline",
+    "Preempted",
     "Report",
     "ReplicatedParameterWarning",
     "Rope",
@@ -61,6 +63,7 @@ __all__ = [
     "data",
     "fake_devices",
     "generate",
+    "initialize",
     "inspect",
     "load_hf",
     "match_rules",

@@ -16,8 +16,11 @@ from shardlm.data import Batches, Epoch
 from shardlm.generate import command as generation
 from shardlm.hub import convert
 from shardlm.inspect import topologies
+from shardlm.runtime import launch, processes, template
+from shardlm.runtime.meeting import MeetingError
 
 _MOST_CPU_DEVICES = 2048  # of one process: with more, JAX takes some to be another process's
+_STOPPED = (sl.SaveError, sl.NonFiniteLoss, sl.VerificationError)  # and no mistake in the arguments
 _SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff")
 
 
@@ -29,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, OSError, ImportError, sl.SaveError, sl.NonFiniteLoss, sl.VerificationError) as error:
+    except (ValueError, OSError, ImportError, MeetingError, *_STOPPED) as error:
         print("error:", error, *getattr(error, "__notes__", ()), file=sys.stderr)
-        return 1 if isinstance(error, sl.SaveError | sl.NonFiniteLoss | sl.VerificationError) else 2
+        return 1 if isinstance(error, _STOPPED) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -148,15 +151,18 @@ def _start_devices(text: str | None) -> sl.Layout:
     """The layout asked for, its sizes filled in; where there is no accelerator, as many CPU devices as it needs."""
     layout = None if text is None else sl.Layout.parse(text)
     unfilled = layout is None or -1 in layout.sizes.values()
-    try:
-        sl.fake_devices(8 if layout is None or unfilled else layout.num_devices)
-    except RuntimeError as error:  # it came too late; this is no command line of its own
-        raise ValueError(str(error)) from error
-    devices = jax.devices()
+    sl.initialize()
+    if not processes.decides_devices():
+        try:
+            sl.fake_devices(8 if layout is None or unfilled else layout.num_devices)
+        except RuntimeError as error:  # it came too late; this is no command line of its own
+            raise ValueError(str(error)) from error
+    devices, say = jax.devices(), print if jax.process_index() == 0 else _silent
+    among = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     if devices[0].platform == "cpu":
-        print(f"no accelerator found: {len(devices)} fake CPU devices\n")
+        say(f"no accelerator found: {len(devices)} fake CPU devices{among}\n")
     else:
-        print(f"{len(devices)} x {devices[0].device_kind}\n")
+        say(f"{len(devices)} x {devices[0].device_kind}{among}\n")
     if layout is None:
         layout = sl.Layout(data=2, fsdp=2, tensor=2) if len(devices) == 8 else sl.Layout(fsdp=-1)
     return layout.resolve(len(devices))
@@ -306,6 +312,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print the report as JSON")
 
     _add_verify(commands)
+    launch.add(commands)
+    template.add(commands)
     convert.add_command(commands)
     checkpoints.add(commands)
     generation.add(commands, _Help)
@@ -331,4 +339,4 @@ def _add_verify(commands: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.leave(main())

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from shardlm.bench import checkpoint, cold, compile, generate, pipeline, step
+from shardlm.bench import checkpoint, cold, compile, faults, generate, pipeline, step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         description="Measure shardlm on this machine. Each command's --help says what its numbers mean.",
     )
     commands = top.add_subparsers(required=True, metavar="command")
-    for command in (step, compile, cold, pipeline, generate, checkpoint):
+    for command in (step, compile, cold, pipeline, generate, checkpoint, faults):
         command.add(commands)
     return top
 

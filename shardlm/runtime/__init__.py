@@ -1,5 +1,6 @@
-"""What a training process needs around the model: its devices, and later its peers and its end."""
+"""What a training process needs around the model: its devices, its peers, and its end."""
 
 from shardlm.runtime.devices import fake_devices
+from shardlm.runtime.processes import initialize
 
-__all__ = ["fake_devices"]
+__all__ = ["fake_devices", "initialize"]

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from shardlm.checkpoint import Checkpoints, SaveError
-from shardlm.train import resume, saving
+from shardlm.runtime.preemption import Preempted, Preemption
+from shardlm.runtime.watch import Watch
+from shardlm.train import resume, saving, together
 from shardlm.train import state as states
 from shardlm.train.interrupt import uninterrupted
 from shardlm.train.metrics import peak_flops
@@ -87,6 +90,7 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
     retention = options.keep, options.keep_every, options.keep_best
     checkpoints = None if directory is None else Checkpoints(directory, *retention)
     latest, resumed, metadata = None if checkpoints is None else checkpoints.latest(), [], {}
+    together.check_run(trainer, {"steps": steps, "newest checkpoint": latest, "checkpoints": directory is not None})
     if checkpoints is not None and latest is not None:
         if state is not None:
             raise ValueError(
@@ -113,11 +117,12 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
                 progress.message(f"held_out_loss {trainer.evaluate(state, options.held_out)['loss']:.4f}")
             return state
         saver = None
-        with checkpoints or nullcontext():
+        with checkpoints or nullcontext(), Preemption() as preemption, Watch(together.name()) as watch:
             if checkpoints is not None:
                 checkpoints.claim()
                 saver = saving.Saver(checkpoints, progress.message, start if metadata else None)
-            loop = _Loop(trainer, progress, saver, options, steps, state, start, metadata.get("tokens", 0.0))
+            tokens = metadata.get("tokens", 0.0)
+            loop = _Loop(trainer, progress, saver, options, preemption, watch, steps, state, start, tokens)
             return loop.run(batches)
 
 
@@ -137,6 +142,8 @@ class _Loop:
     progress: Progress
     saver: saving.Saver | None
     options: FitOptions
+    preemption: Preemption
+    watch: Watch
     steps: int
     state: TrainState
     done: int
@@ -153,12 +160,13 @@ class _Loop:
         stream = resume.iterate(batches, start)
         try:
             for step in range(start + 1, self.steps + 1):
-                batch = next(stream, _END)
+                with self.watch.phase("batch", step):
+                    batch = next(stream, _END)
                 if batch is _END:
                     raise ValueError(
                         f"the batches ended after {step - 1} steps of {self.steps}: give more, or fewer steps"
                     )
-                with uninterrupted():
+                with uninterrupted(), self.watch.phase("step", step, together.waits_in(self.trainer, batch)):
                     self._step(step, batch, first=step == start + 1)
                     self.progress.advance(step)
                     if self.progress.due(step):
@@ -168,6 +176,8 @@ class _Loop:
                     self._evaluate(step)
                 if last or _due(step, options.checkpoint_every):
                     self._save(step)
+                if self.preemption.reached(step):
+                    self._preempted(step)
         except BaseException as error:
             self._rescue(error, start)
             raise
@@ -237,7 +247,7 @@ class _Loop:
 
     def _evaluate(self, step: int) -> None:
         assert self.options.held_out is not None
-        with self._untimed():
+        with self._untimed(), self.watch.phase("evaluation", step):
             result = self.trainer.evaluate(self.state, self.options.held_out)
             self.held_out = step, float(result["loss"])
             shown = {name: value for name, value in result.items() if name != self.trainer.program.weight_name}
@@ -247,7 +257,7 @@ class _Loop:
         """Save the state after `step`, unless that is done or nowhere to be done; what is not finite is never saved."""
         if self.saver is None or self.saver.has(step):
             return
-        with self._untimed(), uninterrupted():
+        with self._untimed(), uninterrupted(), self.watch.phase("save", step):
             if wrong := _non_finite(self.state):
                 raise self._stop(step, f"{', '.join(wrong[:5])} not finite after the update")
             evaluated, loss = self.held_out
@@ -257,9 +267,25 @@ class _Loop:
             save = self.saver.finish if step == self.steps else self.saver.save
             save(step, self.state, metadata, loss)
 
+    def _preempted(self, step: int) -> None:
+        """End the run after SIGTERM, once the state after `step` is saved; all processes do at the same step."""
+        self._collect()
+        self._save(step)
+        saved, why = False, ""
+        if self.saver is not None:
+            try:
+                self.saver.wait()
+            except SaveError as error:
+                why = f": {error}"
+            saved = self.saver.saved == step
+        what = f"step {step} is saved in {self.options.checkpoint_dir}" if saved else f"step {step} is not saved{why}"
+        raise Preempted(f"ended by SIGTERM: {what}", 0 if saved else 128 + signal.SIGTERM)
+
     def _rescue(self, error: BaseException, start: int) -> None:
         """Save the state that an error or Ctrl-C leaves behind, where there is one and it is good."""
-        if self.saver is None or self.done == start or isinstance(error, NonFiniteLoss | SaveError):
+        if isinstance(error, Preempted):
+            self.progress.message(str(error))
+        if self.saver is None or self.done == start or isinstance(error, NonFiniteLoss | SaveError | Preempted):
             return
         # Saving takes all processes, at the same step; and a step that failed half-way has used up its state.
         if jax.process_count() > 1 or states.is_used_up(self.state):

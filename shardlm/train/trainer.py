@@ -18,6 +18,7 @@ from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.train import batch as batches_
 from shardlm.train import state as states
+from shardlm.train import together
 from shardlm.train.engine import Parameters
 from shardlm.train.explain import explain
 from shardlm.train.fit import FitOptions, fit
@@ -343,7 +344,7 @@ class Trainer:
             SaveError: nothing can be saved there, or not the last state; any other save that fails is a warning.
             ValueError: the checkpoint is of another model; the batches end early; an option is out of range.
 
-        Ctrl-C and any other error, of the source of batches too, are raised again once the last update is saved.
+        Ctrl-C and errors are raised again once the last update is saved; SIGTERM saves it too, and ends with status 0.
         """
         options = FitOptions(
             checkpoint_dir, checkpoint_every, keep, keep_every, keep_best, log_every, held_out, evaluate_every, log_dir,
@@ -354,10 +355,9 @@ class Trainer:
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a compiled function; on several CPU devices, return when its result is there.
 
-        XLA's CPU backend runs all devices on one small pool of threads, in which each collective blocks a thread until
-        its peers arrive. With several programs in flight the peers may find no thread, and all wait for ever.
+        On XLA:CPU several programs in flight may wait for ever: their collectives block threads of one small pool.
         """
-        require_devices(self.mesh)
+        together.check_program(self, function, arguments)
         result = function(*arguments)
         if self.mesh.size > 1 and self.first_device.platform == "cpu":
             jax.block_until_ready(result)
