@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from .digest import digests
+from .digest import as_text, start
 from .hashes import digest_files, names_in
 from .processes import SaveError, barrier, errors_of_all, is_first
 from .record import FORMAT, STATE, describe_array, write_record
@@ -51,8 +51,8 @@ class Write:
         after: Callable[[], None] = lambda: None,
     ):
         self.path, self.unfinished = path, path.parent / f"{path.name}{UNFINISHED}"
-        found = digests(arrays)
-        self._record = record | {"arrays": {name: describe_array(x, found[name]) for name, x in arrays.items()}}
+        self._record, self._digests = record, start(arrays)
+        self._shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
         self._after = after
         self._error: BaseException | None = None
         try:
@@ -123,7 +123,9 @@ class Write:
             part.unlink()
         self._handler.finalize(self.unfinished / STATE)
         files |= digest_files(self.unfinished, [name for name in names_in(self.unfinished) if name not in files])
-        write_record(self.unfinished, self._record | {"files": dict(sorted(files.items()))})
+        found = as_text(self._digests)
+        arrays = {name: describe_array(x, found[name]) for name, x in self._shapes.items()}
+        write_record(self.unfinished, self._record | {"arrays": arrays, "files": dict(sorted(files.items()))})
         if self.path.exists():
             old = self.path.parent / f"{self.path.name}{REMOVED}"
             old.rmtree(missing_ok=True)
