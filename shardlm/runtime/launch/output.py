@@ -1,6 +1,7 @@
 """What processes print, merged line by line, each line with the number of its process."""
 
 import os
+import re
 import sys
 import threading
 from collections import deque
@@ -9,6 +10,7 @@ from typing import IO, Any
 _LONGEST = 1 << 16  # bytes of a line that is passed on before it ends
 _KEPT = 15  # lines of each process to show when it dies
 _SHOWN = 400  # characters of each of those
+_CONNECTED = re.compile(rb"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\..*")  # JAX's CPU backend, of every group
 
 
 class Output:
@@ -35,6 +37,8 @@ class Output:
 
 class Reader(threading.Thread):
     """Passes on what one process prints, by lines; what stays without a newline is passed on when the process ends.
+
+    Left out are the lines by which the CPU backend says, dozens of times, that all is well.
 
     A thread for each process, so that a reader of ours that is slow holds them up and not the supervisor.
     """
@@ -65,5 +69,7 @@ class Reader(threading.Thread):
 
     def _pass(self, line: bytes) -> None:
         line = line.rstrip(b"\r")
+        if _CONNECTED.fullmatch(line):
+            return
         self._last.append(line[: 4 * _SHOWN])
         self._output.write(self._prefix + line + b"\n")
