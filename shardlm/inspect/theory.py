@@ -73,7 +73,7 @@ def expected(
     """
     lines, table = _Lines(layout), table_of(layout)
     for split in splits.values():
-        _parameter(lines, split, config, layout)
+        _parameter(lines, split, config, layout, table)
     tokens = batch_size // layout.batch_shards // layout.microbatches * sequence
     if layout.tensor > 1:
         _layers(lines, config, layout, tokens, *_passes(config.num_layers, layout, table))
@@ -107,33 +107,43 @@ class _Lines:
         return tuple(line(*key, elements) for key, elements in self.found.items())
 
 
-def _parameter(lines: _Lines, split: Split, config: Any, layout: Layout) -> None:
+def _parameter(lines: _Lines, split: Split, config: Any, layout: Layout, table: Table | None) -> None:
     plan = zero.plan(split, layout, config.dtype)
     sizes = {str(axis): n for axis, n in layout.sizes.items()}
     held = math.prod(split.shape) // math.prod(sizes[axis] for axes in split.model for axis in axes)
     wide = str(jnp.promote_types(config.param_dtype, jnp.float32))
-    microbatches, shards = layout.accumulate, math.prod(sizes[axis] for axis in split.zero_axes)
+    shards = math.prod(sizes[axis] for axis in split.zero_axes)
+    gathers, sums = _uses(config, layout, table)
     matrix = plan.per_use
     name = "layers' matrices" if plan.in_layers and matrix else "tables" if matrix else "parameters"
-    summed = microbatches if plan.per_use else 1
+    summed = sums if plan.per_use else 1
     if split.zero_axes:
-        lines.add(f"gradients of {name}", "reduce-scatter", split.zero_axes, held * summed, wide)
+        lines.add(f"gradients of {name}", "reduce-scatter", split.zero_axes, int(held * summed), wide)
         if not split.stored_sharded:
             lines.add("updated parameters", "all-gather", split.zero_axes, held, config.param_dtype)
         elif plan.in_layers and plan.per_use:
-            gathers = 2 * microbatches
             lines.add(
                 f"{name}, forward and backward",
                 "all-gather",
                 split.zero_axes,
-                held * gathers,
+                int(held * gathers),
                 plan.dtype or config.param_dtype,
             )
         else:
             lines.add(f"{name}", "all-gather", split.zero_axes, held, plan.dtype or config.param_dtype)
     now = tuple(axis for axis in plan.summed if axis not in plan.late)
-    lines.add(f"gradients of {name}", "all-reduce", now, held // shards * summed, wide)
+    lines.add(f"gradients of {name}", "all-reduce", now, int(held // shards * summed), wide)
     lines.add(f"gradients of {name}", "all-reduce", plan.late, held // shards, wide)
+
+
+def _uses(config: Any, layout: Layout, table: Table | None) -> tuple[float, float]:
+    """How often a step gathers, and sums the gradient of, what is used layer by layer: all that a device holds of it."""
+    if table is None:
+        return 2 * layout.accumulate, layout.accumulate
+    forwards, backwards = (int(flags.sum()) / table.chunks for flags in (table.has_forward, table.has_backward))
+    # Made again, layers are gathered for that too; but of a single one nobody asks what it made.
+    again = layout.pipeline.recompute and Stages.of(layout, config.num_layers).depth > 1 if layout.pipeline else False
+    return forwards + (2 if again else 1) * backwards, backwards
 
 
 def _passes(layers: int, layout: Layout, table: Table | None) -> tuple[int, int, int]:
