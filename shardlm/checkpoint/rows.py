@@ -7,6 +7,7 @@
 """
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def changes(
                 problems.append(f"{name}: shape expected {expected}, found {given}")
             elif not np.array_equal(before, after):
                 load = jax.ShapeDtypeStruct(there.shape, leaf.dtype, sharding=_spread(leaf, there.shape, before, after))
-                found[name] = Change(load, functools.partial(_rearranged, before=before, after=after))
+                found[name] = Change(load, _rearranged(*(json.dumps(rows.tolist()) for rows in (before, after))))
         elif tuple(leaf.shape) != tuple(there.shape):
             only_rows = len(leaf.shape) == len(there.shape) > 0 and leaf.shape[1:] == there.shape[1:]
             real = rows(name, leaf.shape) if only_rows else None
@@ -79,12 +80,17 @@ def _padded_anew(leaf: Any, stored_rows: int, real: int) -> Change:
     shards = leaf.shape[0] // leaf.sharding.shard_shape(leaf.shape)[0]
     count = -(-max(leaf.shape[0], stored_rows) // shards) * shards
     load = jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+    return Change(load, _with_rows(real, leaf.shape[0]))
 
+
+# One function for one change, so that a parameter and the optimizer's moments of it are compiled once.
+@functools.lru_cache(maxsize=64)
+def _with_rows(real: int, count: int) -> Callable[[jax.Array], jax.Array]:
     def make(x: jax.Array) -> jax.Array:
         kept = lax.broadcasted_iota(jnp.int32, x.shape, 0) < real
-        return jnp.where(kept, x, jnp.zeros((), x.dtype))[: leaf.shape[0]]
+        return jnp.where(kept, x, jnp.zeros((), x.dtype))[:count]
 
-    return Change(load, make)
+    return make
 
 
 def _is_arranged(name: str, stored: Any, wanted: Any, arranged: tuple[Any, Any]) -> bool:
@@ -115,9 +121,16 @@ def _spread(leaf: Any, stored: Sequence[int], before: np.ndarray, after: np.ndar
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def _rearranged(x: jax.Array, before: np.ndarray, after: np.ndarray) -> jax.Array:
-    place = np.argsort(np.where(before.ravel() < 0, before.size, before.ravel()), kind="stable")  # of each layer
-    rows = after.ravel()
-    flat = x.reshape(-1, *x.shape[before.ndim :])[place[np.maximum(rows, 0)]]
-    real = (rows >= 0).reshape(-1, *(1,) * (flat.ndim - 1))
-    return jnp.where(real, flat, jnp.zeros((), x.dtype)).reshape(*after.shape, *flat.shape[1:])
+@functools.lru_cache(maxsize=64)
+def _rearranged(before: str, after: str) -> Callable[[jax.Array], jax.Array]:
+    """Rows, given as JSON, in another arrangement."""
+    there, here = (np.array(json.loads(rows), np.int32) for rows in (before, after))
+    place = np.argsort(np.where(there.ravel() < 0, there.size, there.ravel()), kind="stable")  # of each layer
+    rows = here.ravel()
+
+    def make(x: jax.Array) -> jax.Array:
+        flat = x.reshape(-1, *x.shape[there.ndim :])[place[np.maximum(rows, 0)]]
+        real = (rows >= 0).reshape(-1, *(1,) * (flat.ndim - 1))
+        return jnp.where(real, flat, jnp.zeros((), x.dtype)).reshape(*here.shape, *flat.shape[1:])
+
+    return make

@@ -5,6 +5,7 @@ import datetime
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -85,8 +86,7 @@ class Write:
     def _raise_together(self) -> None:
         if text := errors_of_all(self._error):
             if is_first():
-                with contextlib.suppress(OSError):
-                    self.unfinished.rmtree(missing_ok=True)
+                _clear(self.unfinished)
             raise SaveError(f"{self.path} could not be saved: {text}") from self._error
 
     def _finish(self) -> None:
@@ -103,10 +103,16 @@ class Write:
             self._error = error
 
     def _write_own(self) -> None:
+        errors = []
+        for future in self._handler.commits:  # all of them, as one that goes on would write to a folder that is removed
+            try:
+                future.result()
+            except BaseException as error:
+                errors.append(error)
         if self._error is not None:
             return
-        for future in self._handler.commits:
-            future.result()
+        if errors:
+            raise errors[0]
         index = jax.process_index()
         folders = f"{STATE}/ocdbt.process_{index}/", f"{STATE}/array_metadatas/process_{index}"
         names = [name for name in names_in(self.unfinished) if name.startswith(folders[0]) or name == folders[1]]
@@ -145,6 +151,15 @@ class _Arrays(ocp.StandardCheckpointHandler):
     async def async_save(self, directory, *arguments, **options):
         self.commits = await super().async_save(directory, *arguments, **options) or []
         return []
+
+
+def _clear(folder: Any) -> None:
+    """Remove what a failed save has left, also where a thread of the file system's is still writing to it."""
+    for _ in range(20):
+        with contextlib.suppress(OSError):
+            folder.rmtree(missing_ok=True)
+            return
+        time.sleep(0.1)
 
 
 def _raised_here(record: logging.LogRecord) -> bool:

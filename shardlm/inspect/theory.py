@@ -137,7 +137,7 @@ def _parameter(lines: _Lines, split: Split, config: Any, layout: Layout, table: 
 
 
 def _uses(config: Any, layout: Layout, table: Table | None) -> tuple[float, float]:
-    """How often a step gathers, and sums the gradient of, what is used layer by layer: all that a device holds of it."""
+    """How often a step gathers all that a device holds of what is used layer by layer, and how often it sums gradients."""
     if table is None:
         return 2 * layout.accumulate, layout.accumulate
     forwards, backwards = (int(flags.sum()) / table.chunks for flags in (table.has_forward, table.has_backward))

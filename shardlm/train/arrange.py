@@ -4,6 +4,8 @@ What belongs to stacked layers is known by its path, of which `layers` is a comp
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,9 +42,14 @@ def gathered(tree: Any, stages: Stages) -> Any:
             return stages.in_order(x)
         spec = PartitionSpec(None, *x.sharding.spec[stages.rows.ndim :])
         out = NamedSharding(x.sharding.mesh, spec)
-        return jax.block_until_ready(jax.jit(stages.in_order, out_shardings=out)(x))
+        return jax.block_until_ready(jax.jit(_in_order(stages), out_shardings=out)(x))
 
     return _map(gather, tree, stages.rows.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _in_order(stages: Stages) -> Callable[[jax.Array], jax.Array]:
+    return stages.in_order  # the same object each time, so that arrays of one shape are compiled for once
 
 
 def without_padding(tree: Any, stages: Stages) -> Any:
