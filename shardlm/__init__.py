@@ -11,10 +11,12 @@ from shardlm.models.config import (
     LearnedPositions,
     LinearScaling,
     Llama3Scaling,
+    Lora,
     Norm,
     Rope,
     TransformerConfig,
 )
+from shardlm.models.lora import adapters, add_lora, merge_lora
 from shardlm.models.transformer import Transformer
 from shardlm.rules import ReplicatedParameterWarning, match_rules
 from shardlm.runtime import fake_devices
@@ -34,6 +36,7 @@ __all__ = [
     "LearnedPositions",
     "LinearScaling",
     "Llama3Scaling",
+    "Lora",
     "NonFiniteLoss",
     "Norm",
     "Pipeline",
@@ -47,10 +50,13 @@ __all__ = [
     "Verification",
     "VerificationError",
     "adamw",
+    "adapters",
+    "add_lora",
     "data",
     "fake_devices",
     "inspect",
     "match_rules",
+    "merge_lora",
     "presets",
     "restore",
     "sample",

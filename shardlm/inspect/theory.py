@@ -11,6 +11,7 @@ device; P_i is one parameter as a device holds it for computing (of its tensor s
 - Tensor parallelism sums b s h twice per layer forward and twice backward (arXiv:1909.08053 section 3); with sequence
   parallelism each sum is a reduce-scatter and an all-gather (arXiv:2205.05198 section 4.2). The embedding and the head
   add one each way. Cross-entropy over a split vocabulary takes three all-reduces of b s.
+- What is frozen is gathered and never summed, nor gathered after an update.
 - Full recomputation makes a layer's communication again, except what only its output needs.
 - Two scalars per step, the sums of losses and of weights.
 
@@ -103,11 +104,12 @@ def _parameter(lines: _Lines, split: Split, config: Any, layout: Layout) -> None
     matrix = plan.per_use
     name = "layers' matrices" if plan.in_layers and matrix else "tables" if matrix else "parameters"
     summed = microbatches if plan.per_use else 1
-    if split.zero_axes:
+    if split.zero_axes and not split.frozen:
         lines.add(f"gradients of {name}", "reduce-scatter", split.zero_axes, held * summed, wide)
-        if not split.stored_sharded:
+    if split.zero_axes:
+        if not split.stored_sharded and not split.frozen:
             lines.add("updated parameters", "all-gather", split.zero_axes, held, config.param_dtype)
-        elif plan.in_layers and plan.per_use:
+        elif split.stored_sharded and plan.in_layers and plan.per_use:
             gathers = 2 * microbatches
             lines.add(
                 f"{name}, forward and backward",
@@ -116,8 +118,10 @@ def _parameter(lines: _Lines, split: Split, config: Any, layout: Layout) -> None
                 held * gathers,
                 plan.dtype or config.param_dtype,
             )
-        else:
+        elif split.stored_sharded:
             lines.add(f"{name}", "all-gather", split.zero_axes, held, plan.dtype or config.param_dtype)
+    if split.frozen:
+        return
     now = tuple(axis for axis in plan.summed if axis not in plan.late)
     lines.add(f"gradients of {name}", "all-reduce", now, held // shards * summed, wide)
     lines.add(f"gradients of {name}", "all-reduce", plan.late, held // shards, wide)
@@ -135,7 +139,8 @@ def _activations(lines: _Lines, config: Any, layout: Layout, tokens: int) -> Non
         lines.add("layers", "all-gather", axes, layers * (4 + enters) * stream, own)
         lines.add("layers", "reduce-scatter", axes, layers * (4 + leaves) * stream, wide)
         lines.add("embedding", "reduce-scatter", axes, stream, wide)
-        lines.add("embedding", "all-gather", axes, stream, own)
+        if config.lora is None:  # else nothing that embeds has a gradient
+            lines.add("embedding", "all-gather", axes, stream, own)
         lines.add("head", "all-gather", axes, stream, own)
         lines.add("head", "reduce-scatter", axes, stream, wide)
     else:

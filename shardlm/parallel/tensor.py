@@ -143,4 +143,4 @@ def cross_entropy(logits: Array, targets: Array, axes: tuple[Axis, ...] = VOCABU
 
 def in_branch(dims: Sequence[str | None]) -> bool:
     """Whether a parameter with these dims is used between `enter` and `leave`, where devices differ."""
-    return any(dim in ("vocab", "head", "kv_head", "head_dim", "mlp") for dim in dims)
+    return any(dim in ("vocab", "head", "kv_head", "head_dim", "mlp", "rank") for dim in dims)

@@ -34,19 +34,21 @@ def accumulate(
     parameters: dict[str, Array],
     batch: dict[str, Array],
     key: Array,
+    frozen: dict[str, Array],
 ) -> tuple[Array, dict[str, Array]]:
     """Sum of losses, and its gradient in at least float32, over the microbatches of the batch held here.
 
     Args:
         config, layout, stages: what is run; the layout has several stages.
         ready: builds the model.
-        parameters: by path; of the layers this stage's.
+        parameters: those to differentiate, by path; of the layers this stage's.
         batch: a device's rows of it, with `rows` and `columns`.
         key: of the step's dropout.
+        frozen: the other parameters.
     """
     pipeline = layout.pipeline
     assert pipeline is not None
-    model = _model(config, layout, stages, ready, parameters, batch, key, pipeline.microbatches, None)
+    model = _model(config, layout, stages, ready, parameters, batch, key, pipeline.microbatches, None, frozen)
     table = make_table(pipeline.schedule, layout.pipe, pipeline.microbatches, pipeline.chunks)
     axes = (*_BATCH_AXES, *((Axis.PIPE,) if model.ends else ()))
     start = collectives.mark_varying(jnp.zeros((), jnp.promote_types(config.dtype, jnp.float32)), axes)
@@ -75,7 +77,7 @@ def hidden(
     assert layout.pipeline is not None
     rows = batch["tokens"].shape[0]
     count = max(n for n in range(1, layout.pipeline.microbatches + 1) if rows % n == 0)
-    model = _model(config, layout, stages, ready, parameters, batch, key, count, layers)
+    model = _model(config, layout, stages, ready, parameters, batch, key, count, layers, {})
     parts = forward(model, layout.pipe, stages.chunks, count)
     return parts.swapaxes(0, 1).reshape(rows, *parts.shape[2:])
 
@@ -90,6 +92,7 @@ def _model(
     key: Array | None,
     count: int,
     stop: Array | None,
+    frozen: dict[str, Array],
 ) -> Model:
     """The model as the executor needs it, on `count` microbatches; microbatch k takes every count-th row."""
     ends = layout.pipeline is not None and layout.pipeline.vocabulary == "ends"
@@ -99,6 +102,8 @@ def _model(
         outer = {
             path: collectives.mark_varying(x, Axis.PIPE) for path, x in outer.items()
         }  # gradients summed at the end
+    frozen_outer = {path: x for path, x in frozen.items() if not path.startswith(_LAYERS)}
+    frozen_inner = {path: x for path, x in frozen.items() if path.startswith(_LAYERS)}
     if stages.chunks == 1:
         inner = {path: x[None] for path, x in inner.items()}
     rowwise = {name: x for name, x in batch.items() if name != "columns"}
@@ -111,12 +116,19 @@ def _model(
             return one, None
         return one, Dropout(config.dropout, key, one["rows"], batch["columns"])
 
+    def whole(outer: Any, inner: Any, chunk: Array | int = 0) -> tuple[Transformer, Execution]:
+        # What is frozen is no argument of what the executor differentiates.
+        part = frozen_inner
+        if stages.chunks > 1:
+            part = {p: jax.lax.dynamic_index_in_dim(x, chunk, keepdims=False) for p, x in frozen_inner.items()}
+        return ready(outer | inner | frozen_outer | part)
+
     def embed(outer: Any, number: Array) -> Array:
-        (model, execution), (one, dropout) = ready(outer | inner), of(number)
+        (model, execution), (one, dropout) = whole(outer, inner), of(number)
         return model.embed(one["tokens"], one.get("positions"), dropout, execution)[0]
 
     def layers(inner: Any, x: Array, number: Array, chunk: Array) -> Array:
-        (model, execution), (one, dropout) = ready(outer | inner), of(number)
+        (model, execution), (one, dropout) = whole(outer, inner, chunk), of(number)
         numbers = jax.lax.dynamic_index_in_dim(held, chunk, keepdims=False)
         runs = numbers >= 0 if stages.padding else None
         if stop is not None:
@@ -132,7 +144,7 @@ def _model(
         )
 
     def head(outer: Any, x: Array, number: Array) -> Array:
-        (model, _), (one, _) = ready(outer | inner), of(number)
+        (model, _), (one, _) = whole(outer, inner), of(number)
         return nll_sum(model, x, one)
 
     rows, _, sequence = microbatches["tokens"].shape

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ from shardlm.train import state as states
 from shardlm.train.engine import Parameters
 from shardlm.train.explain import explain
 from shardlm.train.fit import FitOptions, fit
+from shardlm.train.frozen import trained
 from shardlm.train.module import LossFunction, ModuleProgram
 from shardlm.train.optimizer import adamw
 from shardlm.train.program import Program, count_devices, require_devices
@@ -203,13 +204,17 @@ class Trainer:
         """
         return explain(self, batch_size, sequence, batch, hardware, compile)
 
-    def init(self) -> TrainState:
+    def init(self, params: Parameters | None = None) -> TrainState:
         """The initial state, each device making the part that it holds and no more.
 
         The values depend on the seed alone, not on the layout, and the parameters are those of
         `Transformer(config, rngs=nnx.Rngs(seed))`.
+
+        Args:
+            params: start from these, copied to where they belong; layers as stored here or as [num_layers, ...] in
+                order. Where the model has adapters, they may lack them.
         """
-        return self._run(self._init)
+        return self._run(self._init, {} if params is None else states.place(self.program, self.abstract_state, params))
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update. The state is donated: its arrays are gone afterwards, use those that are returned.
@@ -373,7 +378,8 @@ class Trainer:
 
     @cached_property
     def _init(self):
-        return jax.jit(lambda: states.init(self.program, self.optimizer, self.seed), out_shardings=self._shardings)
+        function = partial(states.init, self.program, self.optimizer, self.seed)
+        return jax.jit(function, donate_argnums=0, out_shardings=self._shardings)
 
     @cached_property
     def _step(self):
@@ -381,7 +387,8 @@ class Trainer:
 
     @cached_property
     def _loss_and_grads(self):
-        return jax.jit(self.gradient_function, out_shardings=(None, self.plan.shardings("sharded")))
+        shardings = trained(self.plan.shardings("sharded"), self.plan.splits)
+        return jax.jit(self.gradient_function, out_shardings=(None, shardings))
 
     @cached_property
     def _evaluate(self):

@@ -35,8 +35,8 @@ class Model:
         embed: (outer, microbatch) -> x, the residual stream before the first layer; all stages together, or by itself.
         layers: (one chunk of inner, x, microbatch, chunk) -> x after the layers of this stage's chunk.
         head: (outer, x, microbatch) -> sum of losses; all stages together, on the same x, or by itself.
-        outer: parameters of the embedding and the head.
-        inner: parameters of this stage's layers [chunks, ...].
+        outer: parameters of the embedding and the head that are differentiated; there may be none.
+        inner: of this stage's layers [chunks, ...], those.
         like: what x looks like: its shape, dtype and the axes over which it varies, `pipe` among them.
         ends: the first stage embeds and the last has the head, each by itself; `outer` varies over `pipe`.
     """
@@ -152,7 +152,9 @@ class _Tick:
         # One after another, so that all devices communicate in one order: where few threads play many devices, as on a
         # CPU, two collectives at once can wait for each other's threads for ever.
         carry, back = self._if("has_backward", self._backward, (carry, nothing))
-        carry, seen = self._if("embed_gradient_microbatch", partial(self._embed_backward, back), (carry, back))
+        seen = back
+        if jax.tree.leaves(self.model.outer):  # else nothing that embeds is differentiated
+            carry, seen = self._if("embed_gradient_microbatch", partial(self._embed_backward, back), (carry, back))
         embedded = self._if("embed_microbatch", self._embed, self._after((carry.outer, seen), nothing))
         carry = carry._replace(stash=self._after(embedded, carry.stash))
         carry, out = self._if("has_forward", partial(self._forward, embedded), (carry, nothing))
