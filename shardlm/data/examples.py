@@ -127,7 +127,7 @@ def _pieces(line: str) -> list[Piece]:
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(given, dict):
-        raise ValueError(f"a JSON {_kind(given)}, not an object")
+        raise ValueError(f"{_kind(given)}, not an object")
     if "messages" in given:
         if both := [name for name in ("prompt", "completion") if name in given]:
             raise ValueError(f"has messages and {' and '.join(both)}: which of them?")
