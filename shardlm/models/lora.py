@@ -40,22 +40,28 @@ def without_adapters(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def add_lora(
-    config: TransformerConfig, params: Mapping[str, Any], lora: Lora, seed: int = 0
+    config: TransformerConfig,
+    params: Mapping[str, Any],
+    lora: Lora,
+    seed: int = 0,
+    *,
+    saved: Mapping[str, Any] | None = None,
 ) -> tuple[TransformerConfig, dict[str, Any]]:
-    """Put adapters on a model: the start of fine-tuning from loaded weights. The model computes what it did.
+    """Put adapters on a model: the start of fine-tuning from loaded weights. With new ones it computes what it did.
 
     Args:
         config: without adapters.
         params: its parameters with the layers as [num_layers, ...], arrays of the host or of devices; kept as they are.
         lora: which adapters.
         seed: of the adapters' initial values, which are those of `Transformer(new config, rngs=nnx.Rngs(seed))`.
+        saved: in their stead adapters of a model that was fine-tuned, as of `adapters`, layers in order.
 
     Returns:
         The new config and parameters, adapters split as their kernels are. `Trainer.init(params)` takes them to its
         layout; it adds adapters of its own seed to parameters that have none, also where a pipeline stores them.
 
     Raises:
-        ValueError: there are adapters already, or the parameters are not those of `config`.
+        ValueError: there are adapters already, or parameters or saved adapters are not those of the model.
 
     Example:
         >>> config, params = sl.add_lora(config, params, sl.Lora(rank=8, targets=("query", "value")))
@@ -64,11 +70,16 @@ def add_lora(
     if config.lora is not None:
         raise ValueError(f"add_lora: this model has adapters: {config.lora}. Merge them first: sl.merge_lora")
     config = dataclasses.replace(config, lora=lora)
-    problems = check(params, without_adapters(parameter_dims(config)[1]))
+    _, shapes, _ = parameter_dims(config)
+    problems = _mismatches(params, without_adapters(shapes))
+    problems += [] if saved is None else _mismatches(saved, adapters(shapes))
     if problems:
         raise ValueError(
-            "add_lora: these are not the model's parameters with layers in order: " + "; ".join(problems[:5])
+            f"add_lora: {len(problems)} parameters are not those of the model with layers in order: "
+            f"{'; '.join(problems[:10])}{' ...' * (len(problems) > 10)}"
         )
+    if saved is not None:
+        return config, _beside(params, saved)
 
     def new() -> dict[str, Any]:
         return adapters(nnx.to_pure_dict(nnx.split(Transformer(config, rngs=nnx.Rngs(seed)))[1]))
@@ -96,7 +107,7 @@ def merge_lora(config: TransformerConfig, params: Mapping[str, Any]) -> tuple[Tr
     return dataclasses.replace(config, lora=None), _merged(params, config.lora.scale)
 
 
-def check(params: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _mismatches(params: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> list[str]:
     """What is missing, surplus, or of another shape or dtype, in words."""
     problems = []
     for name in (*expected, *(name for name in params if name not in expected)):
@@ -106,7 +117,7 @@ def check(params: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = 
         elif isinstance(expected[name], Mapping) != isinstance(params[name], Mapping):
             problems.append(f"{path} is {'an array' if isinstance(expected[name], Mapping) else 'no array'}")
         elif isinstance(expected[name], Mapping):
-            problems += check(params[name], expected[name], f"{path}/")
+            problems += _mismatches(params[name], expected[name], f"{path}/")
         else:
             found, wanted = (f"{x.dtype}{list(x.shape)}" for x in (params[name], expected[name]))
             problems += [] if found == wanted else [f"{path} is {found}, expected {wanted}"]

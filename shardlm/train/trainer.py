@@ -24,7 +24,7 @@ from shardlm.train.fit import FitOptions, fit
 from shardlm.train.frozen import trained
 from shardlm.train.module import LossFunction, ModuleProgram
 from shardlm.train.optimizer import adamw
-from shardlm.train.program import Program, count_devices, require_devices
+from shardlm.train.program import Program, require_devices, resolve
 from shardlm.train.state import TrainState
 from shardlm.train.step import Metrics, make_gradients, make_step
 from shardlm.train.transformer import TransformerProgram
@@ -73,7 +73,7 @@ class Trainer:
         devices: Sequence[Any] | int | None = None,
         engine: str = "manual",
     ):
-        layout, devices = _resolve(layout, devices)
+        layout, devices = resolve(layout, devices)
         self._hold(TransformerProgram.of(config, layout, devices, engine), optimizer, seed)
 
     @classmethod
@@ -117,7 +117,7 @@ class Trainer:
             >>> rules = [(r"hidden/kernel", P(None, "tensor")), (r".*", P())]
             >>> trainer = sl.Trainer.from_module(MLP, loss_fn, sl.Layout(fsdp=4, tensor=2), rules=rules)
         """
-        layout, devices = _resolve(layout, devices)
+        layout, devices = resolve(layout, devices)
         trainer = cls.__new__(cls)
         trainer._hold(ModuleProgram.of(make_module, loss_fn, layout, devices, rules), optimizer, seed)
         return trainer
@@ -397,9 +397,3 @@ class Trainer:
     @property
     def _shardings(self) -> TrainState:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-
-
-def _resolve(layout: Layout | None, devices: Sequence[Any] | int | None) -> tuple[Layout, Sequence[Any] | int]:
-    if devices is None:
-        devices = jax.devices()[:1] if layout is None else jax.devices()
-    return (layout or Layout()).resolve(count_devices(devices)), devices

@@ -269,6 +269,8 @@ def test_adapters_change_no_initial_value_and_start_at_nothing():
         assert jax.tree.structure(without_adapters(found)) == jax.tree.structure(base)
         assert all(map(np.array_equal, *map(jax.tree.leaves, (base, without_adapters(found)))))
     assert all(map(np.array_equal, *map(jax.tree.leaves, (adapted, added))))
+    _, again = sl.add_lora(BASE, base, CONFIG.lora, seed=SEED + 1, saved=sl.adapters(added))
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (again, added))))
     for path, x in flatten(sl.adapters(added)).items():
         inward = {"output": 16, "down": 24}.get(path.split("/")[-2], 16)
         if path.endswith("lora_b"):
@@ -321,8 +323,15 @@ def test_a_model_refuses_adapters_on_what_it_lacks_and_twice():
         dataclasses.replace(CONFIG, mlp=sl.MLP(gated=False))
     with pytest.raises(ValueError, match="add_lora: this model has adapters: .*Merge them first"):
         sl.add_lora(CONFIG, {}, sl.Lora())
-    with pytest.raises(ValueError, match=r"not the model's parameters with layers in order: embedding is missing"):
+    with pytest.raises(
+        ValueError, match=r"4 parameters are not those of the model with layers in order: embedding is missing"
+    ):
         sl.add_lora(BASE, {}, sl.Lora())
+    _, params = graph_and_params(BASE)
+    with pytest.raises(
+        ValueError, match=r"layers/attention/query/lora_a is float64\[3, 16, 3\], expected float64\[3, 16, 4\]"
+    ):
+        sl.add_lora(BASE, params, sl.Lora(rank=4, targets=ALL), saved=sl.adapters(graph_and_params(CONFIG)[1]))
     with pytest.raises(ValueError, match="this model has no adapters"):
         sl.merge_lora(BASE, {})
 
@@ -342,3 +351,23 @@ def test_a_configuration_with_adapters_survives_being_written_down():
     old = BASE.to_dict()
     del old["lora"]  # as it was written before there were any
     assert sl.TransformerConfig.from_dict(old) == BASE
+
+
+def test_a_report_counts_gradients_of_adapters_alone():
+    trainer = sl.Trainer(CONFIG, sl.Layout(data=2, fsdp=2, tensor=2), devices=8)
+    report = trainer.explain(BATCH, SEQUENCE)
+    held = sum(bytes_per_device(x) for path, x in sharded(trainer).items() if is_adapter(path))
+    assert report.memory.gradients == held
+    assert (
+        report.memory.optimizer == 2 * held + 4 + 4 + 4
+    )  # two moments; counts of adamw and its schedule, and the step
+    for sent, says in report.against_theory().values():
+        assert sent == pytest.approx(says, rel=1e-12)
+
+
+def test_verify_compares_what_is_trained():
+    config = dataclasses.replace(CONFIG, num_layers=1, lora=sl.Lora(rank=2, targets=("key", "down")))
+    result = sl.verify(config, sl.Layout(tensor=2), steps=1, dtype="float64")
+    assert {d.leaf for d in result.differences if d.quantity == "gradients"} == {
+        f"layers/{name}/lora_{x}" for name in ("attention/key", "mlp/down") for x in "ab"
+    }
