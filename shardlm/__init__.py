@@ -5,7 +5,7 @@ from shardlm.checkpoint import DamagedCheckpoint, SaveError, read_metadata, rest
 from shardlm.generate import score
 from shardlm.generate.api import generate
 from shardlm.generate.result import Completion, Generation, Piece
-from shardlm.hub import load_hf, save_hf
+from shardlm.hub import load_hf, load_lora, save_hf, save_lora
 from shardlm.inspect import Report
 from shardlm.layout import Axis, Layout, LayoutError, Pipeline
 from shardlm.models import presets
@@ -15,10 +15,12 @@ from shardlm.models.config import (
     LearnedPositions,
     LinearScaling,
     Llama3Scaling,
+    Lora,
     Norm,
     Rope,
     TransformerConfig,
 )
+from shardlm.models.lora import adapters, add_lora, merge_lora
 from shardlm.models.transformer import Transformer
 from shardlm.rules import ReplicatedParameterWarning, match_rules
 from shardlm.runtime import fake_devices, initialize
@@ -44,6 +46,7 @@ __all__ = [
     "LearnedPositions",
     "LinearScaling",
     "Llama3Scaling",
+    "Lora",
     "NonFiniteLoss",
     "Norm",
     "Piece",
@@ -60,19 +63,24 @@ __all__ = [
     "Verification",
     "VerificationError",
     "adamw",
+    "adapters",
+    "add_lora",
     "data",
     "fake_devices",
     "generate",
     "initialize",
     "inspect",
     "load_hf",
+    "load_lora",
     "match_rules",
+    "merge_lora",
     "presets",
     "read_metadata",
     "restore",
     "sample",
     "save",
     "save_hf",
+    "save_lora",
     "score",
     "verify",
 ]

@@ -50,14 +50,15 @@ def train(options: argparse.Namespace) -> int:
         raise ValueError(
             f"sequence={options.sequence}, but {options.preset} has {config.max_sequence} learned positions"
         )
-    data = sl.data.load(
-        options.data,
-        options.tokenizer,
-        options.sequence,
-        options.batch_size,
-        seed=options.seed,
-        held_out=options.held_out,
-    )
+    given = (options.data, options.tokenizer, options.sequence, options.batch_size, options.seed, options.held_out)
+    if sl.data.are_examples(options.data):
+        data = sl.data.load_examples(*given, too_long=options.too_long)
+    elif options.too_long is not None:
+        raise ValueError(
+            f"--too-long {options.too_long} is for examples, files named .jsonl; text of any length is cut"
+        )
+    else:
+        data = sl.data.load(*given)
     config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size)
     trainer = sl.Trainer(config, layout, sl.adamw(options.learning_rate, steps=options.steps), seed=options.seed)
     rows = trainer.local_rows(options.batch_size)  # all of them, unless other processes read the others
@@ -90,7 +91,8 @@ def train(options: argparse.Namespace) -> int:
         tensorboard=options.tensorboard,
     )
     if held_out and data.held_out is not None:
-        say(f"held-out loss is over {len(held_out)} of {len(data.held_out)} batches of documents not trained on")
+        kind = next(iter(data.counts["train"]))
+        say(f"held-out loss is over {len(held_out)} of {len(data.held_out)} batches of {kind} not trained on")
     if options.sample:
         _show_sample(trainer, state, data.tokenizer, options, say)
     return 0
@@ -269,7 +271,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--layout", help='"data=2,fsdp=2,tensor=2,zero=3,sequence_parallel"; one size may be -1; also accumulate=, '
         "remat= (default: data=2,fsdp=2,tensor=2 on 8 devices, else fsdp=-1)")  # fmt: skip
     _add_model(add)
-    add("--data", nargs="+", help="text files or folders (default: the sources of Python's standard library)")
+    add("--data", nargs="+", help="text files or folders (default: the sources of Python's standard library), or "
+        ".jsonl files of examples, prompts and completions, of which the completions are learned")  # fmt: skip
+    add(
+        "--too-long",
+        choices=("truncate", "drop"),
+        help="what to do with examples longer than --sequence, else an error",
+    )
     add("--tokenizer", default="bytes", help='"bytes", or "bpe:8192" to train byte-level BPE (extra hf)')
     add("--held-out", type=float, default=0.05, help="fraction of documents kept for evaluation; 0 for none")
     add("--steps", type=size, default=400, help="updates in all, those before a resumption included")

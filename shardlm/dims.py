@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from shardlm.layout import Axis, Layout, LayoutError
 
-PARAMETER_DIMS = ("chunk", "layer", "vocab", "embed", "head", "kv_head", "head_dim", "mlp", "expert")
+PARAMETER_DIMS = ("chunk", "layer", "vocab", "embed", "head", "kv_head", "head_dim", "mlp", "rank", "expert")
 STACKED = ("chunk", "layer")
 """The leading dims of what the stacked layers hold; a device uses one layer of it at a time."""
 ACTIVATION_DIMS = ("batch", "sequence")
@@ -35,6 +35,7 @@ class Split:
         zero_dim: the dim that `zero_axes` split; None where `zero_axes` is empty.
         stored_sharded: whether the parameter itself is stored split by ZeRO (level 3), and not its gradient and
             optimizer state alone.
+        frozen: whether it is used and not trained: it has no gradient and no optimizer state.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Split:
     zero_axes: tuple[str, ...]
     zero_dim: int | None
     stored_sharded: bool
+    frozen: bool = False
 
     @property
     def stacked(self) -> int:
@@ -109,6 +111,7 @@ class DimTable:
             "kv_head": () if whole_kv else tensor,
             "head_dim": (),
             "mlp": tensor,
+            "rank": (),
             "expert": live(Axis.EXPERT),
         }
         return cls(rules, sizes, live(Axis.FSDP, Axis.EXPERT), layout.zero)

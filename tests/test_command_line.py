@@ -320,3 +320,20 @@ def test_ctrl_c_saves_and_ends_soon_with_status_130(text, tmp_path):
     assert Checkpoints(tmp_path).latest() == int(match.group(1)) >= 20
     config = sl.TransformerConfig.from_dict(Checkpoints(tmp_path).metadata(int(match.group(1)))["config"])
     assert (config.d_model, config.vocab_size) == (16, 257)
+
+
+def test_files_of_examples_are_read_as_such(run, tmp_path):
+    file = tmp_path / "sums.jsonl"
+    lines = [{"prompt": f"{a} + {b} = ", "completion": str(a + b)} for a in range(10) for b in range(10)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    status, output, errors = run("--steps 2 --held-out 0.2 --evaluate-batches 1 --data", file, "--sequence 8")
+    assert (status, output.count("step ")) == (2, 0)
+    assert re.search(
+        r"error: \d+ of \d+ examples are longer than sequence=8 tokens; the longest, .*:\d+, has 1[12]: use", errors
+    )
+    status, output, errors = run("--steps 2 --held-out 0.2 --evaluate-batches 1 --data", file)
+    assert (status, errors) == (0, "")
+    assert re.search(r"data: train \d+ examples, [\d,]+ tokens, \d+ learned, \d+ rows; held out \d+ examples", output)
+    assert "batches of examples not trained on" in output
+    status, _, errors = run("--steps 2 --too-long drop")
+    assert (status, errors.split(",")[0]) == (2, "error: --too-long drop is for examples")

@@ -89,7 +89,7 @@ def restore(
 
     Example:
         >>> params = restore("runs/a/300", trainer, only="params")  # to go on with another optimizer
-        >>> state = dataclasses.replace(trainer.init(), params=params)
+        >>> state = trainer.init(params)
         >>> untied = {"params/head": "params/embedding"}  # the head starts as a copy of the tied table
         >>> params = restore("runs/tied/300", trainer, only="params", mapping=untied)
     """

@@ -16,7 +16,7 @@ from typing import SupportsIndex, cast
 import grain
 import numpy as np
 
-from shardlm.data.packing import Packed
+from shardlm.data.packing import Packed, Rows
 from shardlm.data.text import Document, read_documents, split_documents, standard_library
 from shardlm.data.tokens import DEFAULT_CACHE, Tokenizer, make_tokenizer
 
@@ -47,7 +47,7 @@ class Batches:
       (2, 2)
     """
 
-    def __init__(self, packed: Packed, batch_size: int, seed: int = 0, rows: slice | range | None = None) -> None:
+    def __init__(self, packed: Rows, batch_size: int, seed: int = 0, rows: slice | range | None = None) -> None:
         self.rows = _resolve(rows, batch_size)
         if batch_size > len(packed):
             raise ValueError(
@@ -99,7 +99,7 @@ class Epoch:
       ValueError: batch_size below 1, or rows outside of the batch.
     """
 
-    def __init__(self, packed: Packed, batch_size: int, rows: slice | range | None = None) -> None:
+    def __init__(self, packed: Rows, batch_size: int, rows: slice | range | None = None) -> None:
         self.rows = _resolve(rows, batch_size)
         self.packed = packed
         self.batch_size = batch_size
@@ -136,8 +136,9 @@ class TextData:
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """Documents, tokens (one END per document included) and rows of "train" and "held_out"."""
-        return {"train": _counts(self.train), "held_out": _counts(self.held_out)}
+        """Documents, tokens (one END per document included) and rows of "train" and "held_out"; or examples, ..."""
+        train = self.train.packed.counts
+        return {"train": train, "held_out": self.held_out.packed.counts if self.held_out else dict.fromkeys(train, 0)}
 
     def __repr__(self) -> str:
         sizes = "; ".join(
@@ -206,12 +207,6 @@ def _documents(source: Source) -> list[Document]:
     documents = [item for item in items if isinstance(item, Document)]
     paths = [item for item in items if not isinstance(item, Document)]
     return documents + read_documents(paths) if paths or not documents else documents
-
-
-def _counts(part: Batches | Epoch | None) -> dict[str, int]:
-    if part is None:
-        return {"documents": 0, "tokens": 0, "rows": 0}
-    return {"documents": part.packed.documents, "tokens": part.packed.tokens, "rows": len(part.packed)}
 
 
 def _resolve(rows: slice | range | None, batch_size: int) -> range:

@@ -15,9 +15,39 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from typing import SupportsIndex
+from typing import Protocol, SupportsIndex
 
 import numpy as np
+
+
+class Rows(Protocol):
+    """Rows of one length by random access, as `Packed` has them: what batches are made of.
+
+    Attributes:
+      sequence: tokens per row.
+      tokens: tokens in all rows, without padding.
+      counts: sizes by what they count, for a line about the data; the last are the rows.
+    """
+
+    sequence: int
+    tokens: int
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Sizes by what they count."""
+        ...
+
+    def __len__(self) -> int:
+        """Returns the number of rows."""
+        ...
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
+        """Returns one row."""
+        ...
+
+    def padding(self) -> dict[str, np.ndarray]:
+        """Returns a row that is all padding."""
+        ...
 
 
 class Packed:
@@ -115,16 +145,26 @@ class Packed:
 
     def padding(self) -> dict[str, np.ndarray]:
         """Returns a row that is all padding, as `self[index]` has it: weights 0, segments 0, positions 0."""
-        return {
-            "tokens": np.full(self.sequence, self._end, np.int32),
-            "targets": np.full(self.sequence, self._end, np.int32),
-            "weights": np.zeros(self.sequence, np.float32),
-            "segments": np.zeros(self.sequence, np.int32),
-            "positions": np.zeros(self.sequence, np.int32),
-        }
+        return row_of_padding(self.sequence, self._end)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Documents, tokens (one END per document included) and rows."""
+        return {"documents": self.documents, "tokens": self.tokens, "rows": len(self)}
 
     def __repr__(self) -> str:
         return f"Packed({self.documents} documents, {self.tokens} tokens, {len(self)} rows of {self.sequence})"
+
+
+def row_of_padding(sequence: int, end: int) -> dict[str, np.ndarray]:
+    """A row of `sequence` places that hold nothing: `end`, of weight 0, in segment 0."""
+    return {
+        "tokens": np.full(sequence, end, np.int32),
+        "targets": np.full(sequence, end, np.int32),
+        "weights": np.zeros(sequence, np.float32),
+        "segments": np.zeros(sequence, np.int32),
+        "positions": np.zeros(sequence, np.int32),
+    }
 
 
 def _checked(tokens: Sequence[int] | np.ndarray, document: int, vocab_size: int, end: int) -> np.ndarray:

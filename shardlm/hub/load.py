@@ -60,7 +60,7 @@ def load_hf(
     Example:
         >>> config, params, tokenizer = sl.load_hf("Qwen3-0.6B", sl.Layout(fsdp=8), dtype="float32")
         >>> trainer = sl.Trainer(config, sl.Layout(fsdp=8))
-        >>> state = dataclasses.replace(trainer.init(), params=params)
+        >>> state = trainer.init(params)
     """
     path = folder_of(folder)
     values = read_config(path)

@@ -46,8 +46,9 @@ def save_hf(
     Args:
         folder: to be made; it must not exist, or be empty.
         config: of the model.
-        params: as `TrainState.params`: global arrays on any layout without pipeline stages, or NumPy's. They are
-            written in the dtype that they have; padding of the vocabulary is left out.
+        params: as `TrainState.params`: global arrays on any layout, or NumPy's, layers in the model's order (of a
+            pipeline with chunks or uneven stages `Trainer.in_order` gives them). They are written in the dtype that
+            they have; padding of the vocabulary is left out.
         tokenizer: written beside the model: of `load_hf`, a `sl.data.BPETokenizer` or a `tokenizers.Tokenizer`.
         max_shard_size: bytes of tensors in a file, a number or text such as "5GB".
         overwrite: replace the model at `folder`. Anything else there is refused all the same.
@@ -65,6 +66,10 @@ def save_hf(
     Example:
         >>> sl.save_hf("tuned", trainer.config, state.params, tokenizer)
     """
+    if config.lora is not None:
+        raise ValueError(
+            "save_hf: this model has adapters: merge them first (sl.merge_lora), or save them (sl.save_lora)"
+        )
     chosen = family_of_config(config, family)
     _check_params(config, params)
     more = dict(fields or {})

@@ -80,10 +80,10 @@ def with_compiled(memory: Memory, compiled: Any) -> Memory:
 
 
 def _gradients(program: Program) -> int:
-    """Gradients are split as the optimizer state is, in the parameters' dtype."""
+    """Gradients, of what is trained, are split as the optimizer state is, in the parameters' dtype."""
     sizes, total = program.sizes, 0
     leaves = {"/".join(str(key.key) for key in path): leaf for path, leaf in _paths(program.state.params)}
     for path, split in program.splits.items():
         shards = math.prod(sizes[axis] for axes in (*split.model, split.zero_axes) for axis in axes)
-        total += math.prod(split.shape) // shards * leaves[path].dtype.itemsize
+        total += 0 if split.frozen else math.prod(split.shape) // shards * leaves[path].dtype.itemsize
     return total

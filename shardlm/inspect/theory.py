@@ -11,6 +11,7 @@ device; P_i is one parameter as a device holds it for computing (of its tensor s
 - Tensor parallelism sums b s h twice per layer forward and twice backward (arXiv:1909.08053 section 3); with sequence
   parallelism each sum is a reduce-scatter and an all-gather (arXiv:2205.05198 section 4.2). The embedding and the head
   add one each way. Cross-entropy over a split vocabulary takes three all-reduces of b s.
+- What is frozen is gathered and never summed, nor gathered after an update.
 - Full recomputation makes a layer's communication again, except what only its output needs.
 - In a pipeline a stage runs its layers in each tick that has a forward on any stage, F ticks, and runs them again and
   then back in each of B ticks with a backward; where it has no microbatch it communicates all the same. A tick in which
@@ -117,11 +118,12 @@ def _parameter(lines: _Lines, split: Split, config: Any, layout: Layout, table: 
     matrix = plan.per_use
     name = "layers' matrices" if plan.in_layers and matrix else "tables" if matrix else "parameters"
     summed = sums if plan.per_use else 1
-    if split.zero_axes:
+    if split.zero_axes and not split.frozen:
         lines.add(f"gradients of {name}", "reduce-scatter", split.zero_axes, int(held * summed), wide)
-        if not split.stored_sharded:
+    if split.zero_axes:
+        if not split.stored_sharded and not split.frozen:
             lines.add("updated parameters", "all-gather", split.zero_axes, held, config.param_dtype)
-        elif plan.in_layers and plan.per_use:
+        elif split.stored_sharded and plan.in_layers and plan.per_use:
             lines.add(
                 f"{name}, forward and backward",
                 "all-gather",
@@ -129,15 +131,17 @@ def _parameter(lines: _Lines, split: Split, config: Any, layout: Layout, table: 
                 int(held * gathers),
                 plan.dtype or config.param_dtype,
             )
-        else:
+        elif split.stored_sharded:
             lines.add(f"{name}", "all-gather", split.zero_axes, held, plan.dtype or config.param_dtype)
+    if split.frozen:
+        return
     now = tuple(axis for axis in plan.summed if axis not in plan.late)
     lines.add(f"gradients of {name}", "all-reduce", now, int(held // shards * summed), wide)
     lines.add(f"gradients of {name}", "all-reduce", plan.late, held // shards, wide)
 
 
 def _uses(config: Any, layout: Layout, table: Table | None) -> tuple[float, float]:
-    """How often a step gathers all that a device holds of what is used layer by layer, and how often it sums gradients."""
+    """How often a step gathers all that a device holds of what is used layer by layer, and sums its gradients."""
     if table is None:
         return 2 * layout.accumulate, layout.accumulate
     forwards, backwards = (int(flags.sum()) / table.chunks for flags in (table.has_forward, table.has_backward))
@@ -183,7 +187,8 @@ def _vocabulary(lines: _Lines, config: Any, layout: Layout, tokens: int) -> None
     stream = tokens * config.d_model * layout.microbatches
     if layout.sequence_parallel:
         lines.add("embedding", "reduce-scatter", (tensor,), stream, wide)
-        lines.add("embedding", "all-gather", (tensor,), stream, own)
+        if config.lora is None:  # else nothing that embeds has a gradient
+            lines.add("embedding", "all-gather", (tensor,), stream, own)
         lines.add("head", "all-gather", (tensor,), stream, own)
         lines.add("head", "reduce-scatter", (tensor,), stream, wide)
         if pipe != tensor:
@@ -205,10 +210,11 @@ def _stages(lines: _Lines, config: Any, layout: Layout, splits: Mapping[str, Spl
     )
     lines.add("gradients to the one before", "collective-permute", axes, int(table.sends_gradient.sum()) * held, own)
     if Axis.PIPE not in layout.vocabulary_axes:  # the ends are by themselves, and their gradients summed once
-        outer = [split for split in splits.values() if not split.stacked]
+        outer = [split for split in splits.values() if not split.stacked and not split.frozen]
         count = sum(math.prod(s.shape) // math.prod(lines.sizes[a] for axes in s.model for a in axes) for s in outer)
         lines.add("gradients of embedding and head", "all-reduce", axes, count, wide)
         lines.add("sums of losses and weights", "all-reduce", axes, 1, wide)
         return
     lines.add("last stage's output, to all", "all-reduce", axes, table.microbatches * held, wide)
-    lines.add("gradient of the embedding, to all", "all-reduce", axes, table.microbatches * held, wide)
+    if config.lora is None:
+        lines.add("gradient of the embedding, to all", "all-reduce", axes, table.microbatches * held, wide)

@@ -15,7 +15,7 @@ from jax import Array
 
 from shardlm.models.cache import CacheVisibility, LayerCache
 from shardlm.models.config import Norm, TransformerConfig
-from shardlm.models.kernel import Kernel, tokenwise
+from shardlm.models.kernel import Kernel
 from shardlm.models.norm import Normalize
 from shardlm.models.rope import rotate
 from shardlm.parallel import tensor
@@ -169,18 +169,17 @@ class SelfAttention(nnx.Module):
         c, self.config = config, config
         bias = 2 * int(c.attention.bias)
 
-        def inward(dim: str, heads: int) -> Kernel:
-            shape = (c.d_model, heads, c.head_dim)
-            return Kernel(rngs, ("embed", dim, "head_dim"), shape, c.init_std, c.param_dtype, bias)
+        def inward(name: str, dim: str, heads: int) -> Kernel:
+            dims, shape = ("embed", dim, "head_dim"), (c.d_model, heads, c.head_dim)
+            return Kernel(rngs, dims, shape, c.init_std, c.param_dtype, bias, lora=c.lora_of(name))
 
-        self.query = inward("head", c.num_heads)
-        self.key = inward("kv_head", c.num_kv_heads)
-        self.value = inward("kv_head", c.num_kv_heads)
+        self.query = inward("query", "head", c.num_heads)
+        self.key = inward("key", "kv_head", c.num_kv_heads)
+        self.value = inward("value", "kv_head", c.num_kv_heads)
         outward_std = c.init_std * (2 * c.num_layers) ** -0.5
-        shape = (c.num_heads, c.head_dim, c.d_model)
-        self.output = Kernel(
-            rngs, ("head", "head_dim", "embed"), shape, outward_std, c.param_dtype, int(c.attention.output_bias)
-        )
+        dims, shape = ("head", "head_dim", "embed"), (c.num_heads, c.head_dim, c.d_model)
+        output_bias, lora = int(c.attention.output_bias), c.lora_of("output")
+        self.output = Kernel(rngs, dims, shape, outward_std, c.param_dtype, output_bias, inward=2, lora=lora)
         per_head = Norm(kind="rms", epsilon=c.norm.epsilon, one_plus_scale=c.norm.one_plus_scale)
         normed = c.attention.qk_norm
         self.query_norm = Normalize(per_head, "head_dim", c.head_dim, c.param_dtype) if normed else None
@@ -233,11 +232,11 @@ class SelfAttention(nnx.Module):
         return q, k, v
 
     def _combine(self, o: Array, like: Array) -> Array:
-        return self.output.add_bias(tensor.leave(self.output.product(o.swapaxes(1, 2), dims=2), like=like))
+        return self.output.add_bias(tensor.leave(self.output.product(o.swapaxes(1, 2)), like=like))
 
     def _kv_heads(self, projection: Kernel, h: Array, query_heads: int) -> Array:
         group = self.config.num_heads // self.config.num_kv_heads
-        y = tokenwise(h, tensor.own_kv_heads(projection.kernel[...], 1, query_heads, group))
+        y = projection.product(h, lambda weights: tensor.own_kv_heads(weights, 1, query_heads, group))
         if projection.bias is not None:
             y = y + tensor.own_kv_heads(projection.bias[...], 0, query_heads, group).astype(y.dtype)
         return y.swapaxes(1, 2)

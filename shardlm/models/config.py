@@ -135,6 +135,47 @@ class MLP:
             raise ValueError(f"MLP: activation={self.activation!r}; it is one of {', '.join(ACTIVATIONS)}")
 
 
+TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters on chosen projections (arXiv:2106.09685, section 4.1); with them nothing else is trained.
+
+        y = x W + (alpha / rank) (x A) B        A[in, rank], B[rank, out]
+
+    A starts as the paper's Gaussian, its variance 1 / (3 in) that of PEFT's and the authors' code, which draw it
+    uniformly; B starts at zero, so that the model is at first what it was. Both are stored in at least float32,
+    whatever the model's `param_dtype`.
+
+    Attributes:
+        rank: columns of A.
+        alpha: the product is multiplied by `alpha / rank`.
+        targets: which projections of each layer: of "query", "key", "value", "output", "gate", "up", "down".
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("query", "value")
+
+    def __post_init__(self):
+        problems = [] if _positive(self.rank) else [f"rank={self.rank!r}; it is a positive integer"]
+        problems += _not_positive(self, "alpha")
+        named = self.targets if isinstance(self.targets, tuple) else ()
+        if unknown := [target for target in named if target not in TARGETS]:
+            problems.append(f"targets has {', '.join(map(repr, unknown))}; they are of {', '.join(TARGETS)}")
+        if twice := sorted({str(target) for target in named if named.count(target) > 1}):
+            problems.append(f"targets has {', '.join(map(repr, twice))} more than once")
+        if not named:
+            problems.append(f"targets={self.targets!r}; it is a non-empty tuple, of {', '.join(TARGETS)}")
+        _raise("Lora", problems)
+
+    @property
+    def scale(self) -> float:
+        """What multiplies x A B."""
+        return self.alpha / self.rank
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """A decoder-only Transformer; the defaults are those of Llama.
@@ -152,6 +193,7 @@ class TransformerConfig:
         embedding_scale: multiplies the token embeddings (Gemma: `sqrt(d_model)`, rounded to `dtype`).
         tied: the head is the embedding table.
         logit_soft_cap: logits become `cap * tanh(logits / cap)` (Gemma 2).
+        lora: adapters, the only parameters that are then trained; None trains all.
         dropout: rate on embeddings and on each branch's output, in training only.
         init_std: standard deviation of initial weights; output projections get `init_std / sqrt(2 num_layers)`.
         dtype: computation; norms, softmax, loss and sums over devices stay in at least float32.
@@ -173,6 +215,7 @@ class TransformerConfig:
     embedding_scale: float | None = None
     tied: bool = False
     logit_soft_cap: float | None = None
+    lora: Lora | None = None
     dropout: float = 0.0
     init_std: float = 0.02
     dtype: str = "float32"
@@ -214,10 +257,16 @@ class TransformerConfig:
         if not 0.0 <= self.dropout < 1.0:
             problems.append(f"dropout={self.dropout}; it is at least 0 and below 1")
         problems += _not_positive(self, "embedding_scale", "logit_soft_cap", or_none=True)
+        if self.lora is not None and not self.mlp.gated and "gate" in self.lora.targets:
+            problems.append("lora.targets has 'gate', and mlp.gated=False has none: leave it out")
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16", "float64", "float16"):
                 problems.append(f"{name}={getattr(self, name)!r}; it is one of float32, bfloat16, float16, float64")
         _raise("TransformerConfig", problems)
+
+    def lora_of(self, target: str) -> Lora | None:
+        """The adapters of a projection, None where it has none."""
+        return self.lora if self.lora is not None and target in self.lora.targets else None
 
     @property
     def padded_vocab_size(self) -> int:
@@ -254,7 +303,7 @@ class TransformerConfig:
 
 _PARTS = {
     t.__name__: t
-    for t in (TransformerConfig, Norm, Rope, LinearScaling, Llama3Scaling, LearnedPositions, Attention, MLP)
+    for t in (TransformerConfig, Norm, Rope, LinearScaling, Llama3Scaling, LearnedPositions, Attention, MLP, Lora)
 }
 
 

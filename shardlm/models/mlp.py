@@ -24,11 +24,13 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         c, self.activation = config, config.mlp.activation
-        inward = (("embed", "mlp"), (c.d_model, c.d_ff), c.init_std, c.param_dtype, int(c.mlp.bias))
+        bias = int(c.mlp.bias)
+        inward = (("embed", "mlp"), (c.d_model, c.d_ff), c.init_std, c.param_dtype, bias)
         outward_std = c.init_std * (2 * c.num_layers) ** -0.5
-        self.gate = Kernel(rngs, *inward) if c.mlp.gated else None
-        self.up = Kernel(rngs, *inward)
-        self.down = Kernel(rngs, ("mlp", "embed"), (c.d_ff, c.d_model), outward_std, c.param_dtype, int(c.mlp.bias))
+        self.gate = Kernel(rngs, *inward, lora=c.lora_of("gate")) if c.mlp.gated else None
+        self.up = Kernel(rngs, *inward, lora=c.lora_of("up"))
+        dims, shape, lora = ("mlp", "embed"), (c.d_ff, c.d_model), c.lora_of("down")
+        self.down = Kernel(rngs, dims, shape, outward_std, c.param_dtype, bias, lora=lora)
 
     def __call__(self, x: Array) -> Array:
         """x[batch, sequence, embed] -> the same shape."""

@@ -314,7 +314,7 @@ def parameter_dims(config: TransformerConfig, rows: np.ndarray | None = None) ->
 
 
 def count_parameters(config: TransformerConfig) -> int:
-    """Number of parameters, padding of the vocabulary not counted."""
+    """Number of parameters, adapters included, padding of the vocabulary not counted."""
     _, shapes, _ = parameter_dims(config)
     padding = (config.padded_vocab_size - config.vocab_size) * config.d_model * (1 if config.tied else 2)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) - padding

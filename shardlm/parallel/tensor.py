@@ -153,4 +153,4 @@ def likeliest(logits: Array) -> Array:
 
 def in_branch(dims: Sequence[str | None]) -> bool:
     """Whether a parameter with these dims is used between `enter` and `leave`, where devices differ."""
-    return any(dim in ("vocab", "head", "kv_head", "head_dim", "mlp") for dim in dims)
+    return any(dim in ("vocab", "head", "kv_head", "head_dim", "mlp", "rank") for dim in dims)

@@ -15,6 +15,8 @@ every level needs in the end is the gradient that belongs to its part of the opt
 - otherwise once per step, after accumulation: vectors, and every weight that is to be summed once. In a pipeline that
   is every weight, unless it is told to gather the layers' matrices where they are used, in every tick.
 
+A frozen parameter is gathered, at level 3, and never summed: for what is no function of it, autodiff asks nothing.
+
 All functions here run inside a fully manual `shard_map`; shapes are per device. Parameters and gradients go by their
 path.
 """
@@ -34,6 +36,9 @@ from shardlm.parallel import tensor
 
 VECTORS = ("scale", "bias")
 """Names of a layer's vectors, norm scales and biases: too small to gather and sum one by one, and never decayed."""
+
+WEIGHTS = ("/kernel", "/lora_a", "/lora_b")
+"""What the paths of weights end in that multiply."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,19 @@ def plan(split: Split, layout: Layout, dtype: str) -> Plan:
     axes = tuple(str(axis) for axis in axes if layout.sizes[axis] > 1)
     matrix = split.path.rsplit("/", 1)[-1] not in VECTORS
     # What multiplies in the computation's dtype may travel in it; a table is looked up, and summed into, in its own.
-    dtype_moved = dtype if split.path.endswith("/kernel") else None
+    dtype_moved = dtype if split.path.endswith(WEIGHTS) else None
     at_once = layout.gradient_reduction == "step"
     gathers = bool(split.zero_axes) and (layout.zero == 3 or (layout.zero == 2 and at_once))
+    where_used = layout.pipeline is None or layout.pipeline.gather == "use"
+    if split.frozen:
+        gathers = bool(split.zero_axes) and split.stored_sharded
+        per_use = gathers and matrix and split.stacked > 0 and where_used
+        # Where it stays as it is, its user casts it, one layer at a time: no second copy of it all in `dtype`.
+        return Plan(split, axes, per_use, (), dtype_moved if gathers or at_once else None)
     per_use = matrix and bool(axes) and (gathers or not at_once)
     if layout.pipeline is not None:
         # Everything is gathered before the first tick, and summed after the last, or the layers' matrices are not.
-        per_use = per_use and layout.pipeline.gather == "use" and split.stacked > 0
+        per_use = per_use and where_used and split.stacked > 0
     result = Plan(split, axes, per_use, (), dtype_moved)
     return dataclasses.replace(result, late=result.summed) if per_use and at_once else result
 
@@ -119,6 +130,8 @@ def use(shard: Array, whole: Array | None, plan: Plan) -> Array:
         plan: a plan with `per_use`.
     """
     dim = None if plan.split.zero_dim is None else plan.split.zero_dim - plan.split.stacked
+    if plan.split.frozen:
+        return _gather(shard, plan, dim)
     now = tuple(axis for axis in plan.summed if axis not in plan.late)
 
     @jax.custom_vjp

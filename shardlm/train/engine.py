@@ -9,7 +9,7 @@ makes it an
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from shardlm import collectives
 from shardlm.dims import DimTable, Split
 from shardlm.layout import Axis, Layout
-from shardlm.models import embedding
+from shardlm.models import embedding, lora
 from shardlm.models.config import TransformerConfig
 from shardlm.models.dropout import Dropout
 from shardlm.models.stack import Execution
@@ -72,7 +72,10 @@ class Plan:
         stages = Stages.of(layout, config.num_layers)
         graph, shapes, dims = parameter_dims(config, stages.rows)
         table = DimTable.of(layout, config.num_kv_heads)
-        return cls(config, layout, mesh, stages, table, graph, shapes, flatten(table.splits(dims)))
+        splits = flatten(table.splits(dims))
+        if config.lora is not None:
+            splits = {p: split if lora.is_adapter(p) else replace(split, frozen=True) for p, split in splits.items()}
+        return cls(config, layout, mesh, stages, table, graph, shapes, splits)
 
     @property
     def in_order(self) -> dict[str, Split]:
@@ -96,16 +99,17 @@ def merge(graph: Any, parameters: Parameters) -> Transformer:
 def loss_and_grads(
     plan: Plan, engine: str
 ) -> Callable[[Parameters, dict[str, Array], Array], tuple[Array, Array, Parameters]]:
-    """A function (parameters, batch, dropout key) -> (sum of losses, sum of weights, gradients of the mean)."""
+    """A function (parameters, batch, dropout key) -> (sum of losses, sum of weights, gradients of the mean).
+
+    Gradients are of what is trained; nothing is differentiated with respect to a frozen parameter.
+    """
     local = _manual_step if engine == "manual" else _auto_step
 
     def function(parameters: Parameters, batch: dict[str, Array], key: Array):
-        total, weight, grads = local(plan, flatten(parameters), _with_places(_widen(plan.config, batch)), key)
-        return (
-            total,
-            weight,
-            unflatten(jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, flatten(parameters))),
-        )
+        flat = flatten(parameters)
+        total, weight, grads = local(plan, flat, _with_places(_widen(plan.config, batch)), key)
+        means = {path: (g / weight).astype(flat[path].dtype) for path, g in grads.items()}
+        return total, weight, unflatten(means)
 
     return function
 
@@ -261,23 +265,33 @@ def _manual_step(plan: Plan, parameters: dict[str, Array], batch: dict[str, Arra
 
     def local(stored: dict[str, Array], batch: dict[str, Array], key: Array):
         ready, begun = _prepare(plan, stored)
+        trained, frozen = _parted(plan, begun)
         if plan.layout.pipe > 1:
-            total, grads = pipelined.accumulate(plan.config, plan.layout, plan.stages, ready, begun, batch, key)
+            total, grads = pipelined.accumulate(
+                plan.config, plan.layout, plan.stages, ready, trained, batch, key, frozen
+            )
         else:
-            total, grads = _accumulate(plan, ready, begun, batch, key)
+            total, grads = _accumulate(plan, ready, trained, frozen, batch, key)
         with jax.named_scope("backward"):
             grads = {path: zero.finish(g, plans[path]) for path, g in grads.items()}
         weight = collectives.all_reduce(batch["weights"].sum(), _BATCH_AXES)
         return collectives.all_reduce(total, _BATCH_AXES), weight, grads
 
-    out_specs = (PartitionSpec(), PartitionSpec(), {path: split.sharded for path, split in plan.splits.items()})
+    specs = {path: split.sharded for path, split in plan.splits.items() if not split.frozen}
+    out_specs = (PartitionSpec(), PartitionSpec(), specs)
     return _manual(plan, local, batch, out_specs, PartitionSpec())(parameters, batch, key)
 
 
 def _auto_step(plan: Plan, parameters: dict[str, Array], batch: dict[str, Array], key: Array):
-    total, grads = _accumulate(plan, _plainly(plan), parameters, batch, key)
-    shardings = {path: NamedSharding(plan.mesh, split.sharded) for path, split in plan.splits.items()}
+    total, grads = _accumulate(plan, _plainly(plan), *_parted(plan, parameters), batch, key)
+    shardings = {path: NamedSharding(plan.mesh, plan.splits[path].sharded) for path in grads}
     return total, batch["weights"].sum(), jax.lax.with_sharding_constraint(grads, shardings)
+
+
+def _parted(plan: Plan, parameters: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What is trained and what is frozen."""
+    trained = {path: x for path, x in parameters.items() if not plan.splits[path].frozen}
+    return trained, {path: x for path, x in parameters.items() if path not in trained}
 
 
 def _plainly(plan: Plan) -> Ready:
@@ -313,7 +327,12 @@ def _hidden(
 
 
 def _accumulate(
-    plan: Plan, ready: Ready, parameters: dict[str, Array], batch: dict[str, Array], key: Array
+    plan: Plan,
+    ready: Ready,
+    parameters: dict[str, Array],
+    frozen: dict[str, Array],
+    batch: dict[str, Array],
+    key: Array,
 ) -> tuple[Array, dict[str, Array]]:
     """Sum of losses, and its gradient in at least float32, over the microbatches of the batch held here."""
     columns = batch["columns"]
@@ -321,7 +340,7 @@ def _accumulate(
     def loss(parameters: dict[str, Array], microbatch: dict[str, Array]) -> Array:
         rate = plan.config.dropout
         dropout = Dropout(rate, key, microbatch["rows"], columns) if rate else None
-        model, execution = ready(parameters)
+        model, execution = ready(frozen | parameters)
         return loss_sum(model, microbatch, dropout, execution)
 
     rowwise = {name: x for name, x in batch.items() if name != "columns"}

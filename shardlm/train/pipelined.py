@@ -17,7 +17,7 @@ from shardlm.models.stack import Execution
 from shardlm.models.transformer import Transformer
 from shardlm.parallel import tensor
 from shardlm.parallel.pipeline.backward import Stack
-from shardlm.parallel.pipeline.execute import Model, execute, forward
+from shardlm.parallel.pipeline.execute import Model, execute, forward, part
 from shardlm.parallel.pipeline.stages import Stages
 from shardlm.parallel.pipeline.ticks import make_table
 from shardlm.train.loss import nll_sum
@@ -38,19 +38,21 @@ def accumulate(
     parameters: dict[str, Array],
     batch: dict[str, Array],
     key: Array,
+    frozen: dict[str, Array],
 ) -> tuple[Array, dict[str, Array]]:
     """Sum of losses, and its gradient in at least float32, over the microbatches of the batch held here.
 
     Args:
         config, layout, stages: what is run; the layout has several stages.
         ready: builds the model.
-        parameters: by path; of the layers this stage's.
+        parameters: those to differentiate, by path; of the layers this stage's.
         batch: a device's rows of it, with `rows` and `columns`.
         key: of the step's dropout.
+        frozen: the other parameters.
     """
     pipeline = layout.pipeline
     assert pipeline is not None
-    model = _model(config, layout, stages, ready, parameters, batch, key, pipeline.microbatches, None)
+    model = _model(config, layout, stages, ready, parameters, batch, key, pipeline.microbatches, None, frozen)
     table = make_table(pipeline.schedule, layout.pipe, pipeline.microbatches, pipeline.chunks)
     # A user's schedule; of ours it is known before.
     if table.split and (pipeline.recompute or layout.remat != "none" or pipeline.gather == "use"):
@@ -88,7 +90,7 @@ def hidden(
     assert layout.pipeline is not None
     rows = batch["tokens"].shape[0]
     count = max(n for n in range(1, layout.pipeline.microbatches + 1) if rows % n == 0)
-    model = _model(config, layout, stages, ready, parameters, batch, key, count, layers)
+    model = _model(config, layout, stages, ready, parameters, batch, key, count, layers, {})
     parts = forward(model, layout.pipe, stages.chunks, count)
     return parts.swapaxes(0, 1).reshape(rows, *parts.shape[2:])
 
@@ -103,6 +105,7 @@ def _model(
     key: Array | None,
     count: int,
     stop: Array | None,
+    frozen: dict[str, Array],
 ) -> Model:
     """The model as the executor needs it, on `count` microbatches; microbatch k takes every count-th row."""
     ends = layout.pipeline is not None and layout.pipeline.vocabulary == "ends"
@@ -113,8 +116,9 @@ def _model(
         outer = {
             path: collectives.mark_varying(x, Axis.PIPE) for path, x in outer.items()
         }  # gradients summed at the end
+    fixed = unflatten({path.removeprefix(_LAYERS): x for path, x in frozen.items() if path.startswith(_LAYERS)})
     if stages.chunks == 1:
-        nested = jax.tree.map(lambda x: x[None], nested)
+        nested, fixed = jax.tree.map(lambda x: x[None], (nested, fixed))
     rowwise = {name: x for name, x in batch.items() if name != "columns"}
     microbatches = {name: x.reshape(-1, count, *x.shape[1:]) for name, x in rowwise.items()}
     held = jnp.asarray(stages.of_stage())[collectives.index(Axis.PIPE)]
@@ -126,11 +130,11 @@ def _model(
         return one, Dropout(config.dropout, key, one["rows"], batch["columns"])
 
     def embed(outer: Any, number: Array) -> Array:
-        (model, execution), (one, dropout) = ready(outer | inner), of(number)
+        (model, execution), (one, dropout) = ready(outer | inner | frozen), of(number)
         return model.embed(one["tokens"], one.get("positions"), dropout, execution)[0]
 
     def layers(x: Array, number: Array, chunk: Array) -> Stack:
-        (model, execution), (one, dropout) = ready(outer | inner), of(number)
+        (model, execution), (one, dropout) = ready(outer | inner | frozen), of(number)
         numbers = jax.lax.dynamic_index_in_dim(held, chunk, keepdims=False)
         runs = numbers >= 0 if stages.padding else None
         if stop is not None:
@@ -147,10 +151,18 @@ def _model(
             layers=jnp.maximum(numbers, 0),
             runs=runs,
         )
-        return Stack(taken.layer, taken.inputs)
+        if not frozen:
+            return Stack(taken.layer, taken.inputs)
+
+        def layer(parameters: Any, x: Array, given: Any) -> Array:
+            inputs, fixed = given
+            return taken.layer(unflatten(flatten(fixed) | flatten(parameters)), x, inputs)
+
+        # What is frozen is no argument of what the executor differentiates.
+        return Stack(layer, (taken.inputs, part(fixed, chunk)))
 
     def head(outer: Any, x: Array, number: Array) -> Array:
-        (model, _), (one, _) = ready(outer | inner), of(number)
+        (model, _), (one, _) = ready(outer | inner | frozen), of(number)
         return nll_sum(model, x, one)
 
     rows, _, sequence = microbatches["tokens"].shape

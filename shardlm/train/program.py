@@ -7,6 +7,7 @@ Trainer holds one and knows nothing else of the model.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import jax
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -205,6 +206,13 @@ def count_devices(devices: Sequence[Any] | int) -> int:
     if isinstance(devices, bool) or devices < 1:
         raise ValueError(f"devices={devices!r}: give devices, or a positive number of devices that need not exist")
     return devices
+
+
+def resolve(layout: Layout | None, devices: Sequence[Any] | int | None) -> tuple[Layout, Sequence[Any] | int]:
+    """The layout with its sizes filled in, and its devices: by default all, or the first for the default layout."""
+    if devices is None:
+        devices = jax.devices()[:1] if layout is None else jax.devices()
+    return (layout or Layout()).resolve(count_devices(devices)), devices
 
 
 def require_devices(mesh: Mesh | AbstractMesh) -> None:

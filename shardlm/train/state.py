@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm.dims import Split
-from shardlm.train.engine import Parameters
+from shardlm.train.engine import Parameters, flatten, unflatten
+from shardlm.train.frozen import trained
 from shardlm.train.program import Program
 
 
@@ -27,7 +29,8 @@ class TrainState:
     Attributes:
         step: int32 scalar, updates made so far.
         params: a nested dict of arrays, whole or, with ZeRO-3, split over the fsdp axis.
-        opt_state: Optax's state; arrays of a parameter's shape are split as its gradient is.
+        opt_state: Optax's state for the parameters that are trained; arrays of a parameter's shape are split as its
+            gradient is.
         variables: what the model carries and does not train, such as running statistics: a nested dict of arrays, empty
             for a `sl.Transformer`.
         layer_rows: where a pipeline stores layers otherwise than as [num_layers, ...], which layer each row is, -1 for
@@ -67,10 +70,56 @@ def is_used_up(state: TrainState) -> bool:
     return any(isinstance(leaf, Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-def init(program: Program, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The initial state; to be compiled with `abstract`'s shardings, so that each device makes its own part only."""
+def init(
+    program: Program, optimizer: optax.GradientTransformation, seed: int, given: Parameters | None = None
+) -> TrainState:
+    """The initial state; to be compiled with `abstract`'s shardings, so that each device makes its own part only.
+
+    Args:
+        program, optimizer, seed: of the run.
+        given: parameters of `place` to start from; what they lack is drawn.
+    """
     params, variables = program.initialize(seed)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), variables, program.layer_rows)
+    params = unflatten(flatten(params) | flatten(given or {}))
+    opt_state = optimizer.init(trained(params, program.plan.splits))
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, variables, program.layer_rows)
+
+
+def place(program: Program, like: TrainState, params: Parameters) -> Parameters:
+    """A copy of parameters as the run stores them; adapters may be missing.
+
+    Args:
+        program: of the run.
+        like: its abstract state.
+        params: arrays of the host or of devices, layers as stored here or in the model's order.
+
+    Raises:
+        ValueError: they are not this model's; every difference is listed, up to ten.
+    """
+    given, expected = flatten(params), flatten(like.params)
+    expected = {
+        path: leaf
+        for path, leaf in expected.items()
+        if path in given
+        or program.plan.splits[path].frozen
+        or not any(split.frozen for split in program.plan.splits.values())
+    }
+    if any(path in given and given[path].shape != leaf.shape for path, leaf in expected.items()):
+        given = flatten(program.arrange(jax.tree.map(np.asarray, params)))
+    problems = [f"{path}: missing" for path in expected if path not in given]
+    problems += [f"{path}: not expected" for path in given if path not in expected]
+    for path, leaf in expected.items():
+        found, wanted = (f"{x.dtype}{list(x.shape)}" for x in (given.get(path, leaf), leaf))
+        problems += [f"{path}: {found}, expected {wanted}"] if found != wanted else []
+    if problems:
+        raise ValueError(
+            f"init: {len(problems)} parameters are not those of this model: {'; '.join(problems[:10])}"
+            f"{' ...' * (len(problems) > 10)}"
+        )
+    # A copy in any case: a step uses up what it is given.
+    return unflatten(
+        {path: jax.device_put(given[path], leaf.sharding, may_alias=False) for path, leaf in expected.items()}
+    )
 
 
 def abstract(program: Program, optimizer: optax.GradientTransformation) -> TrainState:
@@ -81,7 +130,8 @@ def abstract(program: Program, optimizer: optax.GradientTransformation) -> Train
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(plan.mesh, spec))
 
     shapes = jax.eval_shape(
-        lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)), plan.shapes
+        lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained(params, plan.splits))),
+        plan.shapes,
     )
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 from shardlm.train.engine import Parameters
+from shardlm.train.frozen import put_back, trained
 from shardlm.train.program import Program
 from shardlm.train.state import TrainState
 
@@ -30,9 +31,12 @@ def make_step(
         key = dropout_key(seed, state.step)
         total, weight, grads, variables = program.gradients(state.params, state.variables, batch, key)
         with jax.named_scope("update"):
-            shards = jax.lax.with_sharding_constraint(state.params, program.plan.shardings("sharded"))
+            splits = program.plan.splits
+            before, shardings = (trained(x, splits) for x in (state.params, program.plan.shardings("sharded")))
+            shards = jax.lax.with_sharding_constraint(before, shardings)
             updates, opt_state = optimizer.update(grads, state.opt_state, shards)
-            params = program.stored(cast(Parameters, optax.apply_updates(shards, updates)))
+            after = program.stored(cast(Parameters, optax.apply_updates(shards, updates)))
+            params = put_back(state.params, after, splits)
         metrics = {"loss": total / weight, program.weight_name: weight, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, variables, state.layer_rows), metrics
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,9 +22,10 @@ from shardlm.train import together
 from shardlm.train.engine import Parameters
 from shardlm.train.explain import explain
 from shardlm.train.fit import FitOptions, fit
+from shardlm.train.frozen import trained
 from shardlm.train.module import LossFunction, ModuleProgram
 from shardlm.train.optimizer import adamw
-from shardlm.train.program import Program, count_devices, require_devices
+from shardlm.train.program import Program, require_devices, resolve
 from shardlm.train.state import TrainState
 from shardlm.train.step import Metrics, make_gradients, make_step
 from shardlm.train.transformer import TransformerProgram
@@ -73,7 +74,7 @@ class Trainer:
         devices: Sequence[Any] | int | None = None,
         engine: str = "manual",
     ):
-        layout, devices = _resolve(layout, devices)
+        layout, devices = resolve(layout, devices)
         self._hold(TransformerProgram.of(config, layout, devices, engine), optimizer, seed)
 
     @classmethod
@@ -117,7 +118,7 @@ class Trainer:
             >>> rules = [(r"hidden/kernel", P(None, "tensor")), (r".*", P())]
             >>> trainer = sl.Trainer.from_module(MLP, loss_fn, sl.Layout(fsdp=4, tensor=2), rules=rules)
         """
-        layout, devices = _resolve(layout, devices)
+        layout, devices = resolve(layout, devices)
         trainer = cls.__new__(cls)
         trainer._hold(ModuleProgram.of(make_module, loss_fn, layout, devices, rules), optimizer, seed)
         return trainer
@@ -204,13 +205,16 @@ class Trainer:
         """
         return explain(self, batch_size, sequence, batch, hardware, compile)
 
-    def init(self) -> TrainState:
+    def init(self, params: Parameters | None = None) -> TrainState:
         """The initial state, each device making the part that it holds and no more.
 
         The values depend on the seed alone, not on the layout, and the parameters are those of
         `Transformer(config, rngs=nnx.Rngs(seed))`.
+
+        Args:
+            params: start from copies of these, layers as stored here or in order; they may lack adapters.
         """
-        return self._run(self._init)
+        return self._run(self._init, {} if params is None else states.place(self.program, self.abstract_state, params))
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One update. The state is donated: its arrays are gone afterwards, use those that are returned.
@@ -375,7 +379,8 @@ class Trainer:
 
     @cached_property
     def _init(self):
-        return jax.jit(lambda: states.init(self.program, self.optimizer, self.seed), out_shardings=self._shardings)
+        function = partial(states.init, self.program, self.optimizer, self.seed)
+        return jax.jit(function, donate_argnums=0, out_shardings=self._shardings)
 
     @cached_property
     def _step(self):
@@ -383,7 +388,8 @@ class Trainer:
 
     @cached_property
     def _loss_and_grads(self):
-        return jax.jit(self.gradient_function, out_shardings=(None, self.plan.shardings("sharded")))
+        shardings = trained(self.plan.shardings("sharded"), self.plan.splits)
+        return jax.jit(self.gradient_function, out_shardings=(None, shardings))
 
     @cached_property
     def _evaluate(self):
@@ -392,9 +398,3 @@ class Trainer:
     @property
     def _shardings(self) -> TrainState:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-
-
-def _resolve(layout: Layout | None, devices: Sequence[Any] | int | None) -> tuple[Layout, Sequence[Any] | int]:
-    if devices is None:
-        devices = jax.devices()[:1] if layout is None else jax.devices()
-    return (layout or Layout()).resolve(count_devices(devices)), devices

@@ -19,6 +19,7 @@ from shardlm.train import arrange
 from shardlm.train import batch as batches
 from shardlm.train import engine as engines
 from shardlm.train.engine import Parameters, Plan, flatten
+from shardlm.train.frozen import trained
 from shardlm.train.metrics import model_flops_per_token
 from shardlm.train.program import Gradients, Variables, Work, megabytes, mesh_on
 
@@ -122,7 +123,7 @@ class TransformerProgram:
     def stored(self, shards: Parameters) -> Parameters:
         """Updated parameters where they are stored: the manual engine gathers them in the open."""
         if self.engine == "auto":
-            return jax.lax.with_sharding_constraint(shards, self.plan.shardings("stored"))
+            return jax.lax.with_sharding_constraint(shards, trained(self.plan.shardings("stored"), self.plan.splits))
         return engines.gather_updated(self.plan, shards)
 
     def place(self, batch: Mapping[str, Any], *, may_be_empty: bool = False) -> dict[str, Array]:
@@ -164,6 +165,13 @@ class TransformerProgram:
         if whole:
             sizes = [f"{split.path} {split.shape}" for split in whole]
             lines.append(f"not split by ZeRO, as no dim divides by fsdp={plan.layout.fsdp}: {', '.join(sizes)}")
+        if config.lora is not None:
+            count = sum(math.prod(split.shape) for split in plan.in_order.values() if not split.frozen)
+            targets = ", ".join(config.lora.targets)
+            lines.append(
+                f"trained are {count:,} of {self.num_parameters:,} parameters, {count / self.num_parameters:.2%}: "
+                f"adapters of rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {targets}"
+            )
         lines.append(
             f"{self.num_parameters:,} parameters ({config.param_dtype}, computing in {config.dtype}); on each device "
             f"{megabytes(held['params'])} of parameters and {megabytes(held['opt_state'])} of optimizer state"

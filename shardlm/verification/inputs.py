@@ -10,6 +10,7 @@ import numpy as np
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.train.engine import unflatten
+from shardlm.train.frozen import trained
 from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
 from shardlm.verification.compare import leaves
@@ -80,8 +81,8 @@ def rounded(params: Any, share: float, seed: int) -> Any:
 
 def start(reference: Trainer, params: Any) -> TrainState:
     """The state before the first update with these parameters, on the host."""
-    state = dataclasses.replace(reference.init(), params=params, opt_state=reference.optimizer.init(params))
-    return jax.tree.map(np.asarray, state)
+    opt_state = reference.optimizer.init(trained(params, reference.plan.splits))
+    return jax.tree.map(np.asarray, dataclasses.replace(reference.init(), params=params, opt_state=opt_state))
 
 
 def put(trainer: Trainer, state: TrainState) -> TrainState:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from shardlm.parallel.zero import WEIGHTS
 from shardlm.train.engine import flatten
 from shardlm.train.forward import forward as run_forward
 from shardlm.train.state import TrainState
@@ -169,7 +170,7 @@ def _silenced(params: dict[str, Any], branch: str, layer: int) -> dict[str, Any]
     for name, prefixes in _BRANCHES.items():
         for path, value in params.items():
             if path.startswith(prefixes):
-                kept = value[layer] if name == branch and path.endswith("/kernel") else 0
+                kept = value[layer] if name == branch and path.endswith(WEIGHTS) else 0
                 result[path] = np.zeros_like(value)
                 result[path][layer] = kept
     return result

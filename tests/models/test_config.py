@@ -11,6 +11,7 @@ from shardlm import (
     LearnedPositions,
     LinearScaling,
     Llama3Scaling,
+    Lora,
     Norm,
     Rope,
     TransformerConfig,
@@ -24,7 +25,8 @@ EVERYTHING = TransformerConfig(
     norm=Norm(kind="layer", epsilon=1e-5, one_plus_scale=True, after=True),
     positions=Rope(theta=5e5, scaling=Llama3Scaling(factor=32.0)),
     local_positions=Rope(theta=2e4, scaling=LinearScaling(factor=8.0)),
-    dtype="bfloat16", param_dtype="float64", vocab_multiple=16, **SIZES,
+    lora=Lora(rank=3, alpha=7.0, targets=("up", "key")), dtype="bfloat16", param_dtype="float64", vocab_multiple=16,
+    **SIZES,
 )  # fmt: skip
 
 

@@ -84,3 +84,13 @@ def test_the_peak_is_not_known_for_cpus_and_other_dtypes():
     assert peak_flops(jax.devices()[0], "bfloat16") is None
     for dtype in ("float32", "float64", "float16"):
         assert peak_flops(SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3"), dtype) is None
+
+
+def test_frozen_weights_have_no_gradient_to_compute():
+    """Forward and the gradient of their input, two of three products; adapters have all three."""
+    config, adapters = make_config(), LAYERS * 5 * (EMBED + HEADS * HEAD_DIM + EMBED + WIDTH)
+    lora = sl.Lora(rank=5, targets=("query", "up"))
+    scales = EMBED * (2 * LAYERS + 1)
+    expected = 4 * (multiply_adds_of_weights(3) + scales) + 6 * multiply_adds_of_attention() + 6 * adapters
+    assert model_flops_per_token(make_config(lora=lora), SEQUENCE) == expected
+    assert model_flops_per_token(make_config(lora=lora), SEQUENCE) < model_flops_per_token(config, SEQUENCE)

@@ -36,8 +36,8 @@ class Model:
         embed: (outer, microbatch) -> x, the residual stream before the first layer; all stages together, or by itself.
         layers: (x, microbatch, chunk) -> the layers of this stage's chunk, for what is like x.
         head: (outer, x, microbatch) -> sum of losses; all stages together, on the same x, or by itself.
-        outer: parameters of the embedding and the head.
-        inner: parameters of this stage's layers [chunks, layers, ...].
+        outer: parameters of the embedding and the head that are differentiated; there may be none.
+        inner: of this stage's layers [chunks, layers, ...], those.
         like: what x looks like: its shape, dtype and the axes over which it varies, `pipe` among them.
         ends: the first stage embeds and the last has the head, each by itself; `outer` varies over `pipe`.
     """
@@ -118,7 +118,7 @@ def _way(model: Model, split: bool, recompute: bool) -> Recompute | Stored | Spl
         return Recompute(model.like)
     first = collectives.mark_varying(jnp.zeros((), jnp.int32), Axis.PIPE)  # as in a tick: the types decide what is kept
     of = Split.of if split else Stored.of
-    return of(model.layers(model.like, first, first), _part(model.inner, first), model.like)
+    return of(model.layers(model.like, first, first), part(model.inner, first), model.like)
 
 
 def forward(model: Model, stages: int, chunks: int, microbatches: int) -> Array:
@@ -133,7 +133,7 @@ def forward(model: Model, stages: int, chunks: int, microbatches: int) -> Array:
         first = lax.dynamic_index_in_dim(x, jnp.minimum(now, microbatches - 1), keepdims=False)
         given = jnp.where(stage == 0, first, received)
         number = jnp.clip(now - stage, 0, microbatches - 1)
-        out = model.layers(given, number, chunk).run(_part(model.inner, chunk), given)
+        out = model.layers(given, number, chunk).run(part(model.inner, chunk), given)
         last = collectives.all_reduce(_mask(stage == stages - 1, out), Axis.PIPE)
         out = jnp.where(stage > stages, last, out)  # never; all devices communicate in one order, as in a step
         return collectives.shift(out, Axis.PIPE, 1), collectives.mark_varying(last, Axis.PIPE)
@@ -175,7 +175,9 @@ class _Tick:
         if isinstance(self.way, Split):
             inner = self._if("has_weight", partial(self._weights, self.way, carry), inner)
             carry, back = carry._replace(inner=inner), self._after(inner, back)
-        outer, seen = self._if("embed_gradient_microbatch", partial(self._embed_backward, back), (carry.outer, back))
+        outer, seen = carry.outer, back
+        if jax.tree.leaves(outer):  # else nothing that embeds is differentiated
+            outer, seen = self._if("embed_gradient_microbatch", partial(self._embed_backward, back), (outer, back))
         embedded = self._if("embed_microbatch", self._embed, self._after((outer, seen), nothing))
         carry = carry._replace(outer=outer, activations=self._after(embedded, carry.activations))
         changed = carry.stash, nothing
@@ -214,7 +216,7 @@ class _Tick:
         """Of an operation the microbatch, -1 where there is none, the chunk, its layers and their parameters."""
         number, chunk = self.row[f"{name}_microbatch"], jnp.maximum(self.row[f"{name}_chunk"], 0)
         stack = self.model.layers(self.model.like, jnp.maximum(number, 0), chunk)
-        return number, chunk, stack, _part(self.model.inner, chunk)
+        return number, chunk, stack, part(self.model.inner, chunk)
 
     def _backward(self, carry: _Carry, given: tuple[Tree, Tree, Array]) -> tuple[Tree, Tree, Array]:
         sums, slots, _ = given
@@ -293,7 +295,7 @@ def _write(buffer: Tree, slot: Array, value: Tree) -> Tree:
     return jax.tree.map(write, buffer, _read(buffer, slot), value)
 
 
-def _part(chunks: Tree, chunk: Array) -> Tree:
+def part(chunks: Tree, chunk: Array) -> Tree:
     """One chunk of what a stage holds; without an operation where it holds one."""
     return jax.tree.map(
         lambda x: x[0] if x.shape[0] == 1 else lax.dynamic_index_in_dim(x, chunk, keepdims=False), chunks
@@ -302,9 +304,9 @@ def _part(chunks: Tree, chunk: Array) -> Tree:
 
 def _add_part(sums: Tree, more: Tree, chunk: Array, flag: Array) -> Tree:
     """Sums over chunks, `more` added to those of one of them."""
-    part = _add(_part(sums, chunk), more, flag)
+    added = _add(part(sums, chunk), more, flag)
     return jax.tree.map(
-        lambda x, y: y[None] if x.shape[0] == 1 else lax.dynamic_update_index_in_dim(x, y, chunk, 0), sums, part
+        lambda x, y: y[None] if x.shape[0] == 1 else lax.dynamic_update_index_in_dim(x, y, chunk, 0), sums, added
     )
 
 
