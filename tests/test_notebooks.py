@@ -31,7 +31,9 @@ def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
         notebook, km=kernel, timeout=SECONDS_PER_CELL, resources={"metadata": {"path": str(folder)}}
     )
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = os.environ | {"PYTHONPATH": path, "IPYTHONDIR": str(folder / ".ipython")}
+    # As for the tests themselves: programs this small gain nothing from optimised machine code.
+    flags = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+    env = os.environ | {"PYTHONPATH": path, "IPYTHONDIR": str(folder / ".ipython"), "XLA_FLAGS": flags}
     client.execute(env=env, cleanup_kc=True)
 
 

@@ -10,7 +10,8 @@ from shardlm.bench import faults, strikes
 from shardlm.bench.__main__ import main
 
 
-def test_six_faults_end_in_the_same_losses_or_a_clear_error(capsys):
+def test_six_faults_end_in_the_same_losses_or_a_clear_error(capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # as tests/conftest.py has it
     kinds = ["kill-saving", "truncate", "delete", "flip"]
     assert main(["faults", "--processes", "1", "--files", "5", "--seed", "3", "--kinds", *kinds]) == 0
     output = capsys.readouterr().out
