@@ -184,5 +184,7 @@ class Checkpoints:
 
     def _release(self) -> None:
         if self._lock is not None:
+            with contextlib.suppress(OSError):  # of a save that failed; where this fails the next run's claim removes it
+                remove_leftovers(self.directory)
             self._lock.release()
         self._lock, self._claimed = None, False

@@ -154,12 +154,17 @@ class _Arrays(ocp.StandardCheckpointHandler):
 
 
 def _clear(folder: Any) -> None:
-    """Remove what a failed save has left, also where a thread of the file system's is still writing to it."""
-    for _ in range(20):
+    """Remove what a failed save has left, until it stays away.
+
+    The file system's own threads go on with the writes that were queued when one failed, and make the folder again.
+    """
+    absent, deadline = 0, time.monotonic() + 3
+    while absent < 3 and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
+            absent = 0 if folder.exists() else absent + 1
             folder.rmtree(missing_ok=True)
-            return
-        time.sleep(0.1)
+        if absent < 3:
+            time.sleep(0.1)
 
 
 def _raised_here(record: logging.LogRecord) -> bool:

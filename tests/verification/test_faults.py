@@ -73,8 +73,8 @@ def mean_of_means(monkeypatch):
 def swapped_heads(monkeypatch):
     product = Kernel.product
 
-    def swapped(self, x, dims=1):
-        return product(self, x[:, :, ::-1] if dims == 2 and collectives.active(Axis.TENSOR) else x, dims)
+    def swapped(self, x, own=None):
+        return product(self, x[:, :, ::-1] if self.inward == 2 and collectives.active(Axis.TENSOR) else x, own)
 
     monkeypatch.setattr(Kernel, "product", swapped)
 
