@@ -14,7 +14,7 @@ import shardlm as sl
 from shardlm.checkpoint import command as checkpoints
 from shardlm.data import Batches, Epoch
 from shardlm.generate import command as generation
-from shardlm.hub import convert
+from shardlm.hub import begin, convert
 from shardlm.inspect import topologies
 from shardlm.runtime import launch, processes, template
 from shardlm.runtime.meeting import MeetingError
@@ -43,14 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> int:
     """`python -m shardlm train`: print the plan, train, evaluate, and show a sample."""
     layout = _start_devices(options.layout)
-    config = _config(options)
+    config, tokenizer = (_config(options), None) if options.init_from is None else begin.read(options, _SIZES)
     # Before the text is read, which may take long.
     layout.check(config, options.batch_size, options.sequence)
     if config.max_sequence is not None and options.sequence > config.max_sequence:
-        raise ValueError(
-            f"sequence={options.sequence}, but {options.preset} has {config.max_sequence} learned positions"
-        )
-    given = (options.data, options.tokenizer, options.sequence, options.batch_size, options.seed, options.held_out)
+        name = options.init_from or options.preset or "tiny"
+        raise ValueError(f"sequence={options.sequence}, but {name} has {config.max_sequence} learned positions")
+    if options.save_hf is not None:
+        begin.check_save(config, options.save_hf)
+    tokenizer = tokenizer or options.tokenizer or "bytes"
+    given = (options.data, tokenizer, options.sequence, options.batch_size, options.seed, options.held_out)
     if sl.data.are_examples(options.data):
         data = sl.data.load_examples(*given, too_long=options.too_long)
     elif options.too_long is not None:
@@ -59,7 +61,10 @@ def train(options: argparse.Namespace) -> int:
         )
     else:
         data = sl.data.load(*given)
-    config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size)
+    if options.init_from is None:
+        config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size)
+    else:
+        begin.check_vocabulary(config, data.tokenizer, options.init_from)
     trainer = sl.Trainer(config, layout, sl.adamw(options.learning_rate, steps=options.steps), seed=options.seed)
     rows = trainer.local_rows(options.batch_size)  # all of them, unless other processes read the others
     batches = Batches(data.train.packed, options.batch_size, options.seed, rows)
@@ -79,6 +84,7 @@ def train(options: argparse.Namespace) -> int:
     state = trainer.fit(
         batches,
         options.steps,
+        state=begin.state(trainer, options),
         checkpoint_dir=options.checkpoint_dir,
         checkpoint_every=options.checkpoint_every,
         keep=options.keep,
@@ -95,6 +101,8 @@ def train(options: argparse.Namespace) -> int:
         say(f"held-out loss is over {len(held_out)} of {len(data.held_out)} batches of {kind} not trained on")
     if options.sample:
         _show_sample(trainer, state, data.tokenizer, options, say)
+    if options.save_hf:
+        say(begin.save(trainer, state, data.tokenizer, options.save_hf))
     return 0
 
 
@@ -172,20 +180,21 @@ def _start_devices(text: str | None) -> sl.Layout:
 
 def _config(options: argparse.Namespace) -> sl.TransformerConfig:
     """The preset with what was asked for changed; its vocabulary has yet to become the tokenizer's."""
+    preset = options.preset or "tiny"
     changes: dict[str, Any] = {name: getattr(options, name) for name in _SIZES if getattr(options, name) is not None}
     if options.dtype is not None:
         changes["dtype"] = options.dtype
     if options.dropout is not None:
         changes["dropout"] = options.dropout
     if options.attention is not None:
-        attention = sl.presets.get(options.preset).attention
+        attention = sl.presets.get(preset).attention
         changes["attention"] = dataclasses.replace(attention, implementation=options.attention)
     # Sizes that follow from others are to follow from the new ones.
     if "d_model" in changes or "num_heads" in changes:
         changes.setdefault("head_dim", None)
     if "num_heads" in changes:
         changes.setdefault("num_kv_heads", None)
-    return sl.presets.get(options.preset, **changes)
+    return sl.presets.get(preset, **changes)
 
 
 def _describe(config: sl.TransformerConfig) -> str:
@@ -199,7 +208,9 @@ def _show_sample(
     trainer: sl.Trainer, state: sl.TrainState, tokenizer: Any, options: argparse.Namespace, say: Any
 ) -> None:
     began = time.perf_counter()
-    prompt = np.concatenate([[tokenizer.end], tokenizer.encode(options.prompt)]).astype(np.int32)
+    first = getattr(tokenizer, "begin", tokenizer.end)
+    start = [] if first is None else [first]
+    prompt = np.concatenate([start, tokenizer.encode(options.prompt)]).astype(np.int32)
     ids = sl.sample(
         trainer,
         state,
@@ -242,11 +253,10 @@ def _at_least(minimum: float, kind: type = int) -> Callable[[str], Any]:
     return number
 
 
-def _add_model(add: Callable[..., Any]) -> None:
-    add(
+def _add_model(add: Callable[..., Any], add_start: Callable[..., Any] | None = None) -> None:
+    (add_start or add)(
         "--preset",
-        default="tiny",
-        help="model to start from, a name in sl.presets; train takes the tokenizer's vocabulary",
+        help="sizes of a new model, a name in sl.presets (default: tiny); train takes the tokenizer's vocabulary",
     )
     for name in _SIZES:
         add(f"--{name.replace('_', '-')}", type=_at_least(1), help="instead of the preset's")
@@ -270,7 +280,9 @@ def _parser() -> argparse.ArgumentParser:
     count, size = _at_least(0), _at_least(1)
     add("--layout", help='"data=2,fsdp=2,tensor=2,zero=3,sequence_parallel"; one size may be -1; also accumulate=, '
         "remat= (default: data=2,fsdp=2,tensor=2 on 8 devices, else fsdp=-1)")  # fmt: skip
-    _add_model(add)
+    one_of = command.add_mutually_exclusive_group().add_argument
+    begin.add_init_from(one_of)
+    _add_model(add, one_of)
     add("--data", nargs="+", help="text files or folders (default: the sources of Python's standard library), or "
         ".jsonl files of examples, prompts and completions, of which the completions are learned")  # fmt: skip
     add(
@@ -278,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("truncate", "drop"),
         help="what to do with examples longer than --sequence, else an error",
     )
-    add("--tokenizer", default="bytes", help='"bytes", or "bpe:8192" to train byte-level BPE (extra hf)')
+    add("--tokenizer", help='"bytes" (the default), or "bpe:8192" to train byte-level BPE (extra hf)')
     add("--held-out", type=float, default=0.05, help="fraction of documents kept for evaluation; 0 for none")
     add("--steps", type=size, default=400, help="updates in all, those before a resumption included")
     add("--batch-size", type=size, default=16, help="rows per step, over all devices")
@@ -290,6 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep", type=size, default=3, help="newest checkpoints that stay")
     add("--keep-every", type=size, help="checkpoints of steps that this divides stay too")
     add("--keep-best", type=size, help="so many of lowest held-out loss stay too")
+    begin.add_options(add)
     add("--log-every", type=size, default=10, help="steps")
     add("--log-dir", help="where metrics.jsonl goes (default: the checkpoint folder)")
     add("--tensorboard", action="store_true", help="write TensorBoard events too (extra tensorboard)")

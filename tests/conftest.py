@@ -1,7 +1,7 @@
 """Gives every test 8 CPU devices, and ends the run rather than skip a test when they are missing."""
 
-import importlib.util
 import gc
+import importlib.util
 import os
 import signal
 from collections.abc import Iterator
@@ -25,8 +25,8 @@ def pytest_configure() -> None:
     level 0 halves it. XLA reads its flags once, when the first device is made, so the flag is in the environment until
     then.
     """
-    # Programs in JAX's caches are millions of objects that stay: looking through them for garbage at Python's usual rate
-    # is a fifth of the time of tests that trace.
+    # Programs in JAX's caches are millions of objects that stay: looking through them for garbage at Python's usual
+    # rate is a fifth of the time of tests that trace.
     gc.freeze()
     gc.set_threshold(200_000, 50, 100)
     # A shell starts background jobs with Ctrl-C ignored, and what ignores it passes that on to its children: tests that

@@ -184,7 +184,8 @@ class Checkpoints:
 
     def _release(self) -> None:
         if self._lock is not None:
-            with contextlib.suppress(OSError):  # of a save that failed; where this fails the next run's claim removes it
+            # Of a save that failed; where this fails, the next run's claim removes it.
+            with contextlib.suppress(OSError):
                 remove_leftovers(self.directory)
             self._lock.release()
         self._lock, self._claimed = None, False

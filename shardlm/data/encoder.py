@@ -34,7 +34,8 @@ class Encoder:
             or something with `.ids`, such as those of `transformers` and `tokenizers`. Where that takes
             `add_special_tokens`, it is given False.
           end: an id; default the tokenizer's `end`, or `eos_token_id`.
-          begin: an id; default the tokenizer's `end` where it has one, else its `bos_token_id`, else none.
+          begin: an id; default the tokenizer's `begin` where it has that, which may be None; else its `end`, else its
+            `bos_token_id`, else none.
 
         Raises:
           TypeError: it has no `encode`, or one that returns no ids.
@@ -44,7 +45,10 @@ class Encoder:
             raise TypeError(f"{type(tokenizer).__name__} is no tokenizer: it has no method encode(text)")
         own = getattr(tokenizer, "end", None)
         end = next((i for i in (end, own, getattr(tokenizer, "eos_token_id", None)) if i is not None), None)
-        begin = next((i for i in (begin, own, getattr(tokenizer, "bos_token_id", None)) if i is not None), None)
+        if begin is None and hasattr(tokenizer, "begin"):  # of `load_hf`, which knows
+            begin = tokenizer.begin
+        else:
+            begin = next((i for i in (begin, own, getattr(tokenizer, "bos_token_id", None)) if i is not None), None)
         size = _size(tokenizer)
         for name, value in (("end", end), ("begin", begin)):
             if value is None and name == "begin":

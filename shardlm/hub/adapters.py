@@ -192,9 +192,10 @@ def _lora(settings: Mapping[str, Any], targets: Mapping[str, str], path: Path) -
         for key, expected in _EXPECTED.items()
         if key in settings and settings[key] not in expected
     ]
-    modules = settings.get("target_modules")
-    if not isinstance(modules, list) or not modules or not set(modules) <= set(targets):
-        problems.append(f"target_modules={modules!r}, not a list of {', '.join(targets)}")
+    given = settings.get("target_modules")
+    modules: list[Any] = given if isinstance(given, list) else []
+    if not modules or not set(modules) <= set(targets):
+        problems.append(f"target_modules={given!r}, not a list of {', '.join(targets)}")
     problems += [f"{key} is missing" for key in ("r", "lora_alpha") if key not in settings]
     if problems:
         raise ValueError(f"load_lora: {path / CONFIG} has settings that our adapters do not: {'; '.join(problems)}")
