@@ -5,10 +5,11 @@ in JSON, which says where each tensor's bytes begin and end, then these. It is w
 because that wants all tensors of a file at once.
 """
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from shardlm.checkpoint.processes import errors_of_all, exchange, is_first
 from shardlm.hub.files import DTYPES, INDEX, SINGLE
 from shardlm.hub.progress import Progress
 
@@ -65,19 +66,29 @@ def parse_size(size: int | str) -> int:
 
 
 def check_target(path: str | os.PathLike, overwrite: bool) -> Path:
-    """The folder to be written.
+    """The folder to be written; of several processes all call this, and the first one looks.
 
     Raises:
         ValueError: there is something that must not be replaced.
     """
-    folder = Path(path).expanduser().absolute()
+    folder, problem = Path(path).expanduser().absolute(), None
+    try:
+        if is_first():
+            _check_target(folder, overwrite)
+    except ValueError as error:
+        problem = str(error)
+    if problem := exchange(problem)[0]:
+        raise ValueError(problem)
+    return folder
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return folder
+        return
     if not folder.is_dir() or not (folder / "config.json").is_file():
         raise ValueError(f"{folder} exists and is no folder of a Hugging Face model: choose another path")
     if not overwrite:
         raise ValueError(f"{folder} holds a model already: choose another path, or pass overwrite=True")
-    return folder
 
 
 def write_folder(
@@ -97,31 +108,40 @@ def write_folder(
         texts: other files, by name.
         max_shard_size: bytes of tensors in a file; a larger tensor has one to itself.
         verbose: show a progress bar.
+
+    Raises:
+        OSError: it could not be written, which all processes hear; nothing of it is left.
     """
     shards = _shards(outputs, parse_size(max_shard_size))
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    first = jax.process_index() == 0
-    new = folder.with_name(f"{folder.name}.new")
-    if first:
-        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
-        new.mkdir(parents=True)
-    with Progress(f"writing {folder.name}", sum(output.size for output in outputs), verbose) as progress:
-        for name, shard in zip(names, shards, strict=True):
-            _write_file(new / name if first else None, shard, progress)
-    if first:
-        if count > 1:
-            index = {
-                "metadata": {"total_size": sum(output.size for output in outputs)},
-                "weight_map": {o.name: name for name, shard in zip(names, shards, strict=True) for o in shard},
-            }
-            (new / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-        for name, content in texts.items():
-            (new / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _rename(new, folder)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"shardlm:hub:{folder.name}")
+    new, error = folder.with_name(f"{folder.name}.new"), None
+    made = (output for shard in shards for output in shard)
+    try:
+        if is_first():
+            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+            new.mkdir(parents=True)
+            with Progress(f"writing {folder.name}", sum(output.size for output in outputs), verbose) as progress:
+                for name, shard in zip(names, shards, strict=True):
+                    _write_file(new / name, shard, made, progress)
+            if count > 1:
+                index = {
+                    "metadata": {"total_size": sum(output.size for output in outputs)},
+                    "weight_map": {o.name: name for name, shard in zip(names, shards, strict=True) for o in shard},
+                }
+                (new / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+            for name, content in texts.items():
+                (new / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+            (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            _rename(new, folder)
+    except OSError as caught:
+        error = caught
+        shutil.rmtree(new, ignore_errors=True)
+    if jax.process_count() > 1:  # those that do not write, or do no longer, still take part in making tensors
+        for output in made:
+            output.value()
+    if text := errors_of_all(error):
+        raise OSError(f"{folder} could not be written: {text}") from error
 
 
 def _shards(outputs: Sequence[Output], limit: int) -> list[list[Output]]:
@@ -136,12 +156,8 @@ def _shards(outputs: Sequence[Output], limit: int) -> list[list[Output]]:
     return shards
 
 
-def _write_file(path: Path | None, outputs: Sequence[Output], progress: Progress) -> None:
-    """One file of tensors; without a path the tensors are only made, for the process that writes them."""
-    if path is None:
-        for output in outputs:
-            output.value()
-        return
+def _write_file(path: Path, outputs: Sequence[Output], made: Iterator[Output], progress: Progress) -> None:
+    """One file of tensors, which are the next of `made`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for output in outputs:
@@ -152,7 +168,7 @@ def _write_file(path: Path | None, outputs: Sequence[Output], progress: Progress
     text += b" " * (-len(text) % 8)  # so that the data is aligned
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for output in outputs:
+        for output in itertools.islice(made, len(outputs)):
             value = np.ascontiguousarray(output.value())
             assert value.shape == output.shape and value.dtype == output.dtype, (output, value.shape, value.dtype)
             file.write(value.reshape(-1).view(np.uint8).data)

@@ -127,6 +127,14 @@ def test_one_process_reads_what_two_have_saved_bit_for_bit(together, one_device)
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(keys)
 
 
+def test_a_hugging_face_model_goes_there_and_back_and_a_failed_write_is_heard_by_all(together):
+    folder, lines = together
+    first, second = said(lines, "HUB")
+    assert first == second and first["equal"]
+    assert first["error"].startswith(f"{folder}/file/model could not be written: process 0: NotADirectoryError")
+    assert len(list((folder / "model").glob("*.safetensors"))) > 1
+
+
 def test_processes_that_would_do_something_else_say_so_before_they_do(together):
     errors = said(together[1], "DIFFERENT")
     assert len(errors) == 2 and errors[0] == errors[1]

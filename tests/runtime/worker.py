@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import shardlm as sl
@@ -66,6 +67,21 @@ def train(trainer: sl.Trainer, folder: Path) -> dict:
     }
 
 
+def exchange_with_hugging_face(trainer: sl.Trainer, folder: Path) -> dict:
+    """Write a model and read it again; then fail to write one on the first process alone."""
+    params = trainer.init().params
+    sl.save_hf(folder / "model", trainer.config, params, max_shard_size="10KB", verbose=False)
+    _, read, _ = sl.load_hf(folder / "model", trainer.layout, verbose=False)
+    rows = CONFIG.vocab_size  # without the padding of the vocabulary, of which the configuration that is read has more
+    same = jax.jit(lambda a, b: jax.tree.map(lambda x, y: (x[:rows] == y[:rows]).all(), a, b))
+    (folder / "file").touch()
+    try:
+        sl.save_hf(folder / "file" / "model", trainer.config, params, verbose=False)
+    except OSError as error:
+        return {"equal": all(map(bool, jax.tree.leaves(same(params, read)))), "error": str(error)}
+    return {}
+
+
 def say(word: str, value) -> None:
     print(word, json.dumps(value), flush=True)
 
@@ -89,6 +105,7 @@ def main() -> None:
     trainers = [trainer_of(layout) for layout in layouts]
     for number, (layout, trainer) in enumerate(zip(layouts, trainers, strict=True)):
         say("RESULT", {"layout": layout, "process": index, **train(trainer, folder / str(number))})
+    say("HUB", exchange_with_hugging_face(trainers[0], folder))
     try:
         trainer_of(layouts[0], seed=index).init()
     except ValueError as error:
