@@ -12,6 +12,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from tests import xla
+
 DEVICE_COUNT = 8
 
 
@@ -21,9 +23,7 @@ def pytest_configure() -> None:
     The setting wins over a device count in XLA_FLAGS and over JAX_NUM_CPU_DEVICES, so neither is changed: the user's
     other flags hold, and a process that a test starts sees the environment that a user's process would.
 
-    Compilation is most of the tests' time, and tiny programs gain nothing from optimised machine code: XLA's backend
-    level 0 halves it. XLA reads its flags once, when the first device is made, so the flag is in the environment until
-    then.
+    XLA reads its flags once, when the first device is made, so those of tests/xla.py are in the environment until then.
     """
     # Programs in JAX's caches are millions of objects that stay: looking through them for garbage at Python's usual
     # rate is a fifth of the time of tests that trace.
@@ -34,7 +34,7 @@ def pytest_configure() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     flags = os.environ.get("XLA_FLAGS")
-    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags or ''}"
+    os.environ["XLA_FLAGS"] = xla.flags()
     try:
         _make_devices()
     finally:

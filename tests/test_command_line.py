@@ -18,6 +18,7 @@ import shardlm as sl
 from shardlm.__main__ import main
 from shardlm.checkpoint import Checkpoints
 from shardlm.parallel import zero
+from tests import xla
 
 ROOT = Path(__file__).parents[1]
 SIZES = "--num-layers 1 --d-model 16 --num-heads 2 --num-kv-heads 1 --d-ff 24 --batch-size 4 --sequence 16 --sample 0"
@@ -73,11 +74,10 @@ def losses(directory: Path) -> dict[int, float]:
 
 def start(text: Path, *arguments: str | Path) -> subprocess.Popen:
     """The same in a process of its own, with its output in pipes."""
-    flags = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"  # as tests/conftest.py has it
     return subprocess.Popen(
         [sys.executable, "-m", "shardlm", *command(text, *arguments)],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags},
+        env=os.environ | {"XLA_FLAGS": xla.flags()},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

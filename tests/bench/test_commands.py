@@ -11,6 +11,7 @@ from shardlm.bench.__main__ import main, parser
 from shardlm.bench.timing import Sample, interleaved
 from shardlm.parallel.pipeline import make_table, synchronous
 from shardlm.train.metrics import model_flops_per_token
+from tests import xla
 
 TINY = "--d-model 8 --heads 2 --kv-heads 1 --d-ff 16 --vocabulary 32"
 
@@ -94,7 +95,7 @@ def test_compile(capsys):
 
 
 def test_cold_starts_a_process_and_times_it(capfd, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", xla.flags())
     assert run(f"cold {TINY} --layers 1 --batch-size 2 --sequence 8 --layout data=2 --steps 2") == 0
     where, what, first, rest = capfd.readouterr().out.splitlines()
     assert where.endswith("layout data=2 on 2 fake devices")

@@ -8,10 +8,11 @@ import pytest
 
 from shardlm.bench import faults, strikes
 from shardlm.bench.__main__ import main
+from tests import xla
 
 
 def test_six_faults_end_in_the_same_losses_or_a_clear_error(capsys, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # as tests/conftest.py has it
+    monkeypatch.setenv("XLA_FLAGS", xla.flags())
     kinds = ["kill-saving", "truncate", "delete", "flip"]
     assert main(["faults", "--processes", "1", "--files", "5", "--seed", "3", "--kinds", *kinds]) == 0
     output = capsys.readouterr().out

@@ -20,6 +20,7 @@ import shardlm as sl
 from shardlm.runtime.launch.output import Output
 from shardlm.runtime.launch.restarts import Restarts
 from shardlm.runtime.launch.supervisor import Supervisor
+from tests import xla
 from tests.runtime import worker
 
 pytestmark = pytest.mark.usefixtures("x64_module")
@@ -31,13 +32,12 @@ TIMEOUT = 240.0  # seconds: what hangs is ended, and fails
 def launch(folder: Path, *arguments: str, **restarts: int) -> tuple[int, list[str]]:
     """Runs worker.py under the supervisor; the exit status, and what was printed but for gloo's own lines."""
     stream = io.BytesIO()
-    flags = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"  # as tests/conftest.py has it
     supervisor = Supervisor(
         [sys.executable, worker.__file__, str(folder), *arguments],
         Restarts(**{"allowed": 0, "minimum": 2, "count": 2, "backoff": 0} | restarts),
         devices=4,
         grace=0.0,
-        extra={"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path), "SHARDLM_HEARTBEAT": "10"},
+        extra={"XLA_FLAGS": xla.flags(), "PYTHONPATH": os.pathsep.join(sys.path), "SHARDLM_HEARTBEAT": "10"},
         output=Output(stream),
     )
     timer = threading.Timer(TIMEOUT, os.kill, (os.getpid(), signal.SIGTERM))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests import xla
+
 ROOT = Path(__file__).parents[2]
 
 # Trains in float64 on as many fake devices as the layout has, and is killed while it makes the update of step `kill`,
@@ -63,7 +65,7 @@ def lines(path: Path) -> list:
 
 
 def test_a_run_survives_kills_and_changes_of_its_devices(tmp_path):
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env = os.environ | {"XLA_FLAGS": xla.flags()}
     for layout, kill, expected in (
         ("data=2,fsdp=2,tensor=2", -6, -9),  # killed while it saves step 6: it has step 3, and perhaps 6
         ("fsdp=2,tensor=2", 9, -9),  # killed in step 9: it has step 6, and logged 7 and 8
