@@ -1,9 +1,9 @@
 """The settings of XLA under which tests compile, in their own process and in those that they start.
 
 Compilation is most of the tests' time, and tiny programs gain nothing from optimised machine code: XLA's backend level
-0 halves it. What is left is mostly LLVM's work on fused loops, of which the emitters before jaxlib 0.11 make three times
-less (CPU seconds of `compile()`, four steps of tests/train/test_same_numbers.py: 34.8 and 11.7). Neither changes which
-programs there are, their buffers or their collectives.
+0 halves it. What is left is mostly LLVM's work on fused loops, of which the emitters before jaxlib 0.11 make a third
+(CPU seconds of `compile()`, four steps of tests/train/test_same_numbers.py: 34.8, and 11.7 with them). Neither changes
+which programs there are, their buffers or their collectives.
 """
 
 import os
