@@ -210,8 +210,6 @@ def test_a_kill_at_the_last_moment_leaves_no_folder_of_that_name(tmp_path):
     command = [sys.executable, "-c", KILLED, str(DATA / "llama3"), str(tmp_path / "a")]
     assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == -signal.SIGKILL
     assert os.listdir(tmp_path) == ["a.new"]
-    with pytest.raises(ValueError, match=r"a.new is no folder of a Hugging Face model: it has no config.json"):
-        load(tmp_path / "a.new")
     sl.save_hf(tmp_path / "a", *load(DATA / "llama3")[:2])
     assert os.listdir(tmp_path) == ["a"]  # what the earlier try left is replaced
 
