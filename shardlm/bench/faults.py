@@ -72,7 +72,8 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The campaign; prints a line for each fault, and a table at the end."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of each failed save in pages
+    for name in ("absl", "asyncio"):  # Orbax tells of each failed save in pages
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     known = (*strikes.PROCESS, *strikes.FILE, strikes.FULL)
     if wrong := set(options.kinds or ()) - set(known):
         raise ValueError(f"unknown kinds {', '.join(sorted(wrong))}: they are {', '.join(known)}")
