@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from shardlm.checkpoint.processes import exchange, is_first
 from shardlm.checkpoint.record import absolute, steps_in
 from shardlm.hub.files import folder_of, read_config
 from shardlm.hub.load import load_hf
@@ -90,7 +92,13 @@ def state(trainer: "Trainer", options: argparse.Namespace) -> "TrainState | None
 
 def check_save(config: TransformerConfig, folder: str) -> None:
     """Raise ValueError, before the run, where `--save-hf` could not write its model after it."""
-    check_target(folder, overwrite=False)
+    target, problem = check_target(folder, overwrite=False), None
+    if is_first():
+        parent = next(path for path in target.parents if path.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            problem = f"--save-hf {folder} cannot be made: {parent} is no folder that can be written to"
+    if problem := exchange(problem)[0]:
+        raise ValueError(problem)
     family_of_config(config)
 
 

@@ -82,6 +82,7 @@ def test_training_goes_on_from_the_model_and_from_its_own_checkpoint(run, folder
         (("--init-from", "{}/model", "--d-ff", "8", "--num-heads", "4"), "leave out --num-heads, --d-ff"),
         (("--init-from", "{}/bare", "--tokenizer", "bpe:400"), "the tokenizer has 2"),
         (("--save-hf", "{}/model"), "{}/model holds a model already"),
+        (("--save-hf", "{}/sums.jsonl/a/b"), "{}/sums.jsonl is no folder that can be written to"),
     ],
 )
 def test_mistakes_are_errors_before_anything_is_trained(run, folders, arguments, message):
@@ -100,3 +101,15 @@ def test_a_model_of_bytes_is_written_without_a_tokenizer(run, folders, tmp_path)
     assert status == 0, errors
     assert output.splitlines()[-1].endswith("without a tokenizer, as there is no file for ByteTokenizer")
     assert not (tmp_path / "a/tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("begin", [None, 1])
+def test_examples_begin_with_the_id_that_the_models_texts_begin_with(folders, begin):
+    """Its end token alone, as our own tokenizers have it in front too, is not what such a model has seen."""
+    tokenizer = load(folders / "model")[2]
+    tokenizer.begin = begin
+    data = sl.data.load_examples(folders / "sums.jsonl", tokenizer, 16, 4, held_out=0)
+    batch = data.train[0]
+    first = batch["tokens"][(batch["positions"] == 0) & (batch["segments"] > 0)]
+    digits = {tokenizer.encode(f"{a} + {b} = ")[0] for a in range(8) for b in range(8)}
+    assert set(first) == {1} if begin else set(first) <= digits
