@@ -131,7 +131,10 @@ def test_a_hugging_face_model_goes_there_and_back_and_a_failed_write_is_heard_by
     folder, lines = together
     first, second = said(lines, "HUB")
     assert first == second and first["equal"]
-    assert first["error"].startswith(f"{folder}/file/model could not be written: process 0: NotADirectoryError")
+    one, two = first["errors"]
+    assert one.startswith(f"{folder}/file/model could not be written: process 0: NotADirectoryError")
+    assert two == f"{folder}/full could not be written: process 0: OSError: No space left on device"
+    assert not list(folder.glob("full*"))
     assert len(list((folder / "model").glob("*.safetensors"))) > 1
 
 

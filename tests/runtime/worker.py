@@ -9,11 +9,13 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 
 import shardlm as sl
+from shardlm.hub import write
 
 ROWS, SEQUENCE, STEPS = 8, 12, 4
 CONFIG = sl.TransformerConfig(
@@ -67,18 +69,26 @@ def train(trainer: sl.Trainer, folder: Path) -> dict:
 
 
 def exchange_with_hugging_face(trainer: sl.Trainer, folder: Path) -> dict:
-    """Write a model and read it again; then fail to write one on the first process alone."""
+    """Write a model and read it again; then fail to write two on the first process alone."""
     params = trainer.init().params
     sl.save_hf(folder / "model", trainer.config, params, max_shard_size="10KB", verbose=False)
     _, read, _ = sl.load_hf(folder / "model", trainer.layout, verbose=False)
     rows = CONFIG.vocab_size  # without the padding of the vocabulary, of which the configuration that is read has more
     same = jax.jit(lambda a, b: jax.tree.map(lambda x, y: (x[:rows] == y[:rows]).all(), a, b))
     (folder / "file").touch()
-    try:
-        sl.save_hf(folder / "file" / "model", trainer.config, params, verbose=False)
-    except OSError as error:
-        return {"equal": all(map(bool, jax.tree.leaves(same(params, read)))), "error": str(error)}
-    return {}
+    errors = []
+    for name in ("file/model", "full"):
+        if name == "full" and jax.process_index() == 0:  # after the first of several files
+            write.os = SimpleNamespace(fsync=no_room)
+        try:
+            sl.save_hf(folder / name, trainer.config, params, max_shard_size="10KB", verbose=False)
+        except OSError as error:
+            errors.append(str(error))
+    return {"equal": all(map(bool, jax.tree.leaves(same(params, read)))), "errors": errors}
+
+
+def no_room(descriptor: int) -> None:
+    raise OSError("No space left on device")
 
 
 def say(word: str, value) -> None:
