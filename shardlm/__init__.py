@@ -1,7 +1,7 @@
 """shardlm: write a Transformer once, lay it out over any devices, get the single device's numbers."""
 
 from shardlm import data, inspect
-from shardlm.checkpoint import DamagedCheckpoint, SaveError, read_metadata, restore, save
+from shardlm.checkpoint import CheckpointWarning, DamagedCheckpoint, SaveError, read_metadata, restore, save
 from shardlm.generate import score
 from shardlm.generate.api import generate
 from shardlm.generate.result import Completion, Generation, Piece
@@ -28,7 +28,6 @@ from shardlm.runtime.preemption import Preempted
 from shardlm.train.fit import NonFiniteLoss
 from shardlm.train.optimizer import adamw
 from shardlm.train.sample import sample
-from shardlm.train.saving import CheckpointWarning
 from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
 from shardlm.verification import Verification, VerificationError, verify

@@ -56,7 +56,7 @@ class Strike:
         """Whether its moment has come, before the delay."""
         if not self.saving:
             return recorded >= self.step
-        return any(folder.glob(f"{self.step}.*tmp*")) or (folder / str(self.step)).exists()
+        return any(folder.glob(f"{self.step}.saving-*")) or (folder / str(self.step)).exists()
 
     def strike(self, marker: str) -> bool:
         """Send the signal; returns whether the process was there."""

@@ -1,14 +1,21 @@
 """`python -m shardlm checkpoints`: list, verify, prune and export the checkpoints of a run."""
 
 import argparse
+import contextlib
 import datetime
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
-from .hashes import damage, digest_file, total
+from shardlm.runtime.folders import Work, discard, is_ours, sweep
+from shardlm.runtime.strangers import inside, printable
+
+from .fields import finite
+from .hashes import damage, digest_file, total, wrong_size
 from .lock import Lock
 from .record import (
     NAME,
-    DamagedCheckpoint,
     absolute,
     damaged,
     is_checkpoint,
@@ -17,7 +24,6 @@ from .record import (
     steps_in,
 )
 from .retention import Retention
-from .write import UNFINISHED, remove
 
 _DESCRIPTION = """
 List the checkpoints of a run's folder: step, age, size, loss (held-out where it was measured), layout, and state:
@@ -56,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: there are no checkpoints; what is to be exported is damaged, or its place is taken.
     """
-    directory = absolute(options.directory)
+    directory = absolute(options.directory, "the run's folder")
     if not directory.is_dir():
         raise FileNotFoundError(f"no folder {directory}")
     if not steps_in(directory):
@@ -64,8 +70,11 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{directory} {what}: give the folder that was given to --checkpoint-dir")
     if options.export is not None:
         step, to = options.export
-        export(directory / step, absolute(to))
-        print(f"exported step {step} to {absolute(to)}")
+        if not step.isascii() or not step.isdecimal():
+            raise ValueError(f"--export {printable(step)}: it is one of the steps{known_steps(directory)}")
+        to = absolute(to, "--export's folder")
+        export(directory / step, to)
+        print(f"exported step {step} to {to}")
         return 0
     if options.prune:
         for step in prune(directory, Retention(options.keep, options.keep_every, options.keep_best)):
@@ -90,12 +99,13 @@ def prune(directory: Any, retention: Retention) -> list[int]:
         losses = {}
         for step in steps_in(directory):
             try:
-                losses[step] = read_record(directory / str(step)).get("loss")
-            except DamagedCheckpoint:
+                loss = read_record(directory / str(step)).get("loss")
+                losses[step] = loss if finite(loss) else None
+            except (ValueError, OSError):  # damaged, of another format, or not to be read
                 continue
         surplus = retention.surplus(losses)
         for step in surplus:
-            remove(directory / str(step))
+            discard(directory / str(step))
         return surplus
     finally:
         lock.release()
@@ -109,56 +119,70 @@ def export(path: Any, to: Any) -> None:
         ValueError: there is no such checkpoint, or something at `to`.
     """
     record = read_record(path)
-    if to.exists():
+    if os.path.lexists(to):
         raise ValueError(f"{to} exists: choose a new path")
     if wrong := damage(path, record["files"]):
         raise damaged(path, "; ".join(wrong))
-    unfinished = to.parent / f"{to.name}{UNFINISHED}"
-    unfinished.rmtree(missing_ok=True)
-    for name in [*record["files"], NAME]:
-        (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).copy(unfinished / name)
-        digest_file(unfinished / name, flush=True)
-    read_record(unfinished)
-    if wrong := damage(unfinished, record["files"]):
-        raise damaged(unfinished, "; ".join(wrong))
-    unfinished.rename(to)
+    sweep(to.parent, lambda name: name == to.name)
+    work = Work(to)
+    try:
+        for name in [*record["files"], NAME]:
+            (work.new / name).parent.mkdir(parents=True, exist_ok=True)
+            _copy(inside(path, name), work.new / name)
+        read_record(work.new)
+        if wrong := damage(work.new, record["files"]):
+            raise damaged(work.new, "; ".join(wrong))
+        work.publish()
+    except BaseException:
+        with contextlib.suppress(OSError):
+            work.remove()
+        raise
+
+
+def _copy(source: Path, to: Path) -> None:
+    shutil.copyfile(source, to, follow_symlinks=False)
+    digest_file(to, flush=True)
 
 
 def _names(directory: Any) -> list[str]:
     """Steps, and what is left of steps that were not finished or not whole, by step."""
-    names = [entry.name for entry in directory.iterdir() if entry.name.partition(".")[0].isdecimal()]
-    return sorted(names, key=lambda name: (int(name.partition(".")[0]), name))
+    names = [entry.name for entry in directory.iterdir()]
+    stems = {name: name.partition(".")[0] for name in names}
+    steps = {name: int(stem) for name, stem in stems.items() if stem.isascii() and stem.isdecimal()}
+    return sorted(steps, key=lambda name: (steps[name], name))
 
 
 def _line(path: Any, verify: bool) -> tuple[str, ...]:
-    if path.name.endswith(UNFINISHED):
-        return path.name, "-", "-", "-", "-", "not finished: removed by the next run's first save"
+    shown = printable(path.name, 60)
+    if is_ours(path.name):
+        return (
+            shown,
+            "-",
+            "-",
+            "-",
+            "-",
+            "not finished: removed by the next run that saves here, unless one writes it now",
+        )
     try:
         record = read_record(path)
     except (ValueError, OSError) as error:
         text = str(error).removeprefix(f"the checkpoint {path} is damaged: ")
-        return path.name, "-", "-", "-", "-", f"damaged: {text.removesuffix(known_steps(path.parent))}".split(". ")[0]
+        text = text.removesuffix(known_steps(path.parent)).split(". Restore another one")[0]
+        return shown, "-", "-", "-", "-", f"damaged: {printable(text, 500)}"
     metadata = record["metadata"]
     wrong = damage(path, record["files"]) if verify else _missing(path, record["files"])
     state = f"damaged: {'; '.join(wrong)}" if wrong else "ok" if verify else "complete"
-    loss = record.get("loss") if record.get("loss") is not None else metadata.get("loss")
+    loss = record.get("loss") if finite(record.get("loss")) else metadata.get("loss")
     saved = datetime.datetime.fromisoformat(record["saved"])
     age = (datetime.datetime.now(datetime.UTC) - saved).total_seconds()
     return (
-        path.name, _short(age, _TIMES), _short(total(record["files"]), _SIZES),
-        f"{loss:.4f}" if isinstance(loss, float) else "-", str(metadata.get("layout", "-")), state,
+        shown, _short(age, _TIMES), _short(total(record["files"]), _SIZES),
+        f"{loss:.4f}" if finite(loss) else "-", printable(metadata.get("layout", "-"), 60), state,
     )  # fmt: skip
 
 
 def _missing(path: Any, files: dict[str, str]) -> list[str]:
-    wrong = []
-    for name, text in files.items():
-        size, file = int(text.split()[0]), path / name
-        found = file.stat().length if file.exists() and not file.is_dir() else None
-        if found != size:
-            wrong.append(f"{name} is missing" if found is None else f"{name} has {found} of {size} bytes")
-    return wrong
+    return [text for name, expected in files.items() if (text := wrong_size(path, name, expected))]
 
 
 _TIMES = (("s", 60), ("min", 60), ("h", 24), ("d", 0))

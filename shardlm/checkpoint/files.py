@@ -1,17 +1,23 @@
 """One checkpoint: written whole or not at all, and compared with its target and its digests when it is read."""
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from shardlm.runtime.folders import recover, sweep
+from shardlm.runtime.strangers import printable
+
 from .digest import digests
+from .fields import parse_array
 from .hashes import damage
 from .mapping import rounds, sources
-from .processes import errors_of_all, exchange
-from .record import STATE, absolute, damaged, is_checkpoint, known_steps, parse_array, read_record
+from .processes import errors_of_all, exchange, is_first
+from .record import STATE, absolute, damaged, for_orbax, is_checkpoint, known_steps, read_record
 from .rows import Rows, changes
 from .write import Write, checked, flatten
 
@@ -41,13 +47,27 @@ def save(path: str | os.PathLike, state: Any, metadata: dict | None = None, *, o
     """
     path = absolute(path)
     arrays, record = checked(state, metadata)
-    replaces = is_checkpoint(path)
-    if replaces and not overwrite:
-        raise ValueError(f"{path} already holds a checkpoint: choose another path, or pass overwrite=True")
-    if path.exists() and not replaces and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not a checkpoint{known_steps(path)}: choose a new path")
-    exchange(None)  # no process makes the folder before all have seen that it is not there
-    Write(path, arrays, record).wait()
+    problem = ""
+    if is_first():
+        with contextlib.suppress(OSError):  # what is left of killed saves; where it cannot go, the save says why
+            sweep(path.parent, lambda name: name == path.name)
+        problem = _cannot_replace(path, overwrite)
+    if problem := exchange(problem)[0]:
+        raise ValueError(problem)
+    Write(path, arrays, record, replace=overwrite).wait()
+
+
+def _cannot_replace(path: Path, overwrite: bool) -> str:
+    """Why no checkpoint may get this name; empty if it may."""
+    if path.is_symlink():
+        return f"{path} is a symbolic link: give the path of the folder itself"
+    if is_checkpoint(path):
+        return "" if overwrite else f"{path} already holds a checkpoint: choose another path, or pass overwrite=True"
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        return f"{path} exists and is not a checkpoint{known_steps(path)}: choose a new path"
+    if path.is_dir() and path.samefile(os.getcwd()):
+        return f"{path} is the folder that the program runs in: choose a new path"
+    return ""
 
 
 def restore(
@@ -101,6 +121,9 @@ def restore(
         abstract = {f"{only}/{name}" if name else only: leaf for name, leaf in abstract.items()}
     if unplaced := [name for name, leaf in abstract.items() if getattr(leaf, "sharding", None) is None]:
         raise ValueError(f"the target must say where arrays go: no sharding is given for {', '.join(unplaced)}")
+    if is_first():
+        recover(path)
+    exchange(None)  # no process looks before that is done
     record = read_record(path)
     stored = {name: parse_array(text)[0] for name, text in record["arrays"].items()}
     pairs, kept, problems = sources(stored, abstract, mapping or {}, ignore, only)
@@ -112,7 +135,8 @@ def restore(
         arranged,
     )
     if problems := sorted([*problems, *(_with_source(line, pairs) for line in different)]):
-        lines = [f"the checkpoint {path} is of another model or optimizer than the target:", *problems]
+        lines = [f"the checkpoint {path} is of another model or optimizer than the target:"]
+        lines += [printable(line, 1000) for line in problems]
         raise ValueError(
             "\n  ".join(lines) + "\nIts configuration may be in its metadata: shardlm.read_metadata(path). Differences "
             'that are meant are named by mapping= and ignore=; only="params" leaves the optimizer out'
@@ -137,7 +161,9 @@ def restore(
 
 def read_metadata(path: str | os.PathLike) -> dict:
     """Returns the metadata saved with a checkpoint; touches no device. Raises what `restore` raises."""
-    return read_record(absolute(path))["metadata"]
+    path = absolute(path)
+    recover(path)
+    return read_record(path)["metadata"]
 
 
 def _load(path: Any, wanted: dict[str, Any]) -> dict[str, jax.Array]:
@@ -151,7 +177,7 @@ def _load(path: Any, wanted: dict[str, Any]) -> dict[str, jax.Array]:
     handler, arrays = ocp.PyTreeCheckpointHandler(), {}
     error: Exception | None = None
     try:
-        arrays = handler.restore(path / STATE, args=args)
+        arrays = handler.restore(for_orbax(path / STATE), args=args)
     except Exception as caught:
         error = caught
     finally:

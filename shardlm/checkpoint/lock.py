@@ -1,66 +1,31 @@
 """One run at a time saves to a folder: a lock that the system takes back when its holder dies."""
 
-import contextlib
-import os
-import socket
 from pathlib import Path
-from typing import Any
+
+from shardlm.runtime.claims import Claim, Taken
 
 NAME = ".saving"
 
 
 class Lock:
-    """Holds a folder for one process until `release`, by a record lock (fcntl) on a file that says who holds it.
+    """Holds a folder for one run until `release`, by a lock on a file that says who holds it.
 
-    Object stores and systems without such locks are not protected.
+    Two runs of one process exclude each other as well. Systems without such locks protect against that alone.
 
     Args:
         directory: the folder, which exists.
+        name: of the file; what else is done in a folder by one run at a time has another one.
 
     Raises:
-        OSError: another process holds it; the folder is read-only.
+        OSError: another run holds it; the folder is read-only; or a file of that name is not ours.
     """
 
-    def __init__(self, directory: Any):
-        self._file = None
-        if "://" in str(directory):
-            return
+    def __init__(self, directory: Path, name: str = NAME):
         try:
-            import fcntl  # not on Windows
-        except ImportError:
-            return
-        self._path = Path(str(directory)) / NAME
-        while self._file is None:
-            file = self._path.open("a+")
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                file.close()
-                raise OSError(f"another run is saving there: {holder}") from None
-            except PermissionError:  # as some systems say the same
-                file.close()
-                raise OSError("another run is saving there") from None
-            except OSError:  # no locks on this file system
-                file.close()
-                return
-            try:
-                same = os.path.samestat(os.fstat(file.fileno()), self._path.stat())
-            except FileNotFoundError:
-                same = False
-            if not same:  # its holder has removed it since it was opened
-                file.close()
-                continue
-            self._file = file
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+            self._claim = Claim(directory / name)
+        except Taken as error:
+            raise OSError(f"another run is saving there: {error}") from None
 
     def release(self) -> None:
         """Let others save there."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # a disk that has become read-only
-                self._path.unlink()
-            self._file.close()
-            self._file = None
+        self._claim.release()

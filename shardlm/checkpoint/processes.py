@@ -23,6 +23,10 @@ class SaveError(RuntimeError):
     state: Any = None
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint was damaged or could not be saved, or older ones not removed, and the run goes on."""
+
+
 def exchange(value: Any) -> list[Any]:
     """What each process gives, by process; all call it, from the main thread. A value is what JSON can hold."""
     if jax.process_count() == 1:

@@ -2,52 +2,45 @@
 
 import json
 import os
-import re
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from shardlm.runtime.paths import local_path
+from shardlm.runtime.strangers import printable, read_small
 
+from .fields import problem
 from .hashes import digest_bytes, sync
 from .processes import reason
 
 NAME = "metadata.json"
 FORMAT = 2
 STATE = "state"  # the folder of the arrays
-_KINDS = {"saved": str, "metadata": dict, "arrays": dict, "files": dict}
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\] ([0-9a-f]{8})")
-_FILE = re.compile(r"\d+ [0-9a-f]{32}")
+LARGEST = 1 << 28  # bytes of metadata.json
 
 
 class DamagedCheckpoint(ValueError):
     """What is read is not what was written: a file is truncated, missing or changed. The message names it."""
 
 
-def absolute(path: str | os.PathLike):
+def absolute(path: str | os.PathLike, what: str = "path") -> Path:
+    """The local path that the user names; raises what `local_path` raises."""
+    return local_path(path, what)
+
+
+def for_orbax(path: Path) -> Any:
     """The path as Orbax takes it."""
-    from etils import epath  # comes with Orbax, which takes these paths; beside local ones they can be gs://...
+    from etils import epath  # comes with Orbax
 
-    return epath.Path(path).expanduser().absolute()
-
-
-def describe_array(array: Any, digest: str) -> str:
-    """An array as metadata.json has it: `float32[18,64] 5ab71cc6`."""
-    return f"{array.dtype}[{','.join(map(str, array.shape))}] {digest}"
-
-
-def parse_array(text: str) -> tuple[jax.ShapeDtypeStruct, str]:
-    """Shape and dtype, and the digest, of what `describe_array` wrote."""
-    match = _ARRAY.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{text!r} describes no array")
-    dtype, shape, digest = match.groups()
-    return jax.ShapeDtypeStruct([int(size) for size in shape.split(",") if size], jnp.dtype(dtype)), digest
+    return epath.Path(path)
 
 
 def write_record(directory: Any, record: dict[str, Any]) -> None:
     """Write metadata.json, its last line a digest of all before it."""
+    content = _sealed(json.dumps(record, indent=1).removesuffix("\n}").encode())
+    if len(content) > LARGEST:
+        raise OSError(f"{NAME} would have {len(content):,} bytes; at most {LARGEST:,} are read")
     with (directory / NAME).open("wb") as file:
-        file.write(_sealed(json.dumps(record, indent=1).removesuffix("\n}").encode()))
+        file.write(content)
         file.flush()
         sync(file)
 
@@ -62,6 +55,8 @@ def read_record(path: Any) -> dict[str, Any]:
     """
     steps = known_steps(path) or known_steps(path.parent)
     if not path.exists():
+        if path.is_symlink():
+            raise damaged(path, f"it is a link to {os.readlink(path)}, which is missing")
         raise FileNotFoundError(f"no checkpoint at {path}: it does not exist{steps}")
     if not is_checkpoint(path):
         if path.name.isdecimal() or (path / STATE).exists():  # a folder gets its name, or a state, with this file
@@ -70,29 +65,28 @@ def read_record(path: Any) -> dict[str, Any]:
             raise FileNotFoundError(f"no checkpoint at {path}: it is empty{steps}")
         raise ValueError(f"{path} is not a checkpoint: it has no {NAME}{steps}")
     try:
-        content = (path / NAME).read_bytes()
+        content = read_small(path, NAME, limit=LARGEST)
     except PermissionError:
         raise
+    except ValueError as error:  # a link, a pipe, or too large
+        raise damaged(path, str(error).removeprefix(f"{path}/")) from error
     except OSError as error:
         raise damaged(path, f"{NAME} cannot be read ({reason(error)})") from error
     record = _load(content)
     sealed = content == _sealed(content[: content.rfind(b',\n "digest"')])
     if record is not None and record.get("format") != FORMAT and (sealed or "digest" not in record):
-        raise ValueError(f"{path} is in format {record.get('format')}; this version of shardlm reads format {FORMAT}")
+        found = printable(record.get("format"), 40)
+        raise ValueError(f"{path} is in format {found}; this version of shardlm reads format {FORMAT}")
     if not sealed:
         raise damaged(path, f"{NAME} was truncated or changed: its digest is another")
-    if record is None or any(type(record.get(key)) is not kind for key, kind in _KINDS.items()):
-        raise damaged(path, f"{NAME} does not hold {', '.join(_KINDS)}")
-    wrong = [key for key, text in record["arrays"].items() if not _ARRAY.fullmatch(str(text))]
-    wrong += [key for key, text in record["files"].items() if not _FILE.fullmatch(str(text))]
-    if wrong:
-        raise damaged(path, f"{NAME} does not say what {', '.join(wrong[:5])} is")
+    if record is None or (text := problem(record)):
+        raise damaged(path, f"{NAME} {'is no JSON object' if record is None else text}")
     return record
 
 
 def is_checkpoint(path: Any) -> bool:
-    """Whether there is a metadata.json."""
-    return (path / NAME).exists() if path.is_dir() else False
+    """Whether there is something called metadata.json."""
+    return os.path.lexists(path / NAME) if path.is_dir() else False
 
 
 def steps_in(directory: Any) -> list[int]:
@@ -111,7 +105,8 @@ def damaged(path: Any, what: str) -> DamagedCheckpoint:
     """The error, which names other checkpoints of the run."""
     others = [step for step in steps_in(path.parent) if str(step) != path.name]
     where = f" (steps in {path.parent}: {', '.join(map(str, others))})" if others else ""
-    return DamagedCheckpoint(f"the checkpoint {path} is damaged: {what}. Restore another one{where}")
+    text = printable(what, 2000)  # it may hold what the files say
+    return DamagedCheckpoint(f"the checkpoint {path} is damaged: {text}. Restore another one{where}")
 
 
 def _sealed(body: bytes) -> bytes:
@@ -121,10 +116,10 @@ def _sealed(body: bytes) -> bytes:
 def _load(content: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):  # lists in lists, without end
         return None
     return record if isinstance(record, dict) else None
 
 
 def _is_step(name: str) -> bool:
-    return name.isdecimal() and name == str(int(name))
+    return name.isascii() and name.isdecimal() and name == str(int(name))

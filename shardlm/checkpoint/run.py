@@ -5,13 +5,16 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shardlm.runtime.folders import discard, sweep
+
+from .fields import finite
 from .files import read_metadata, restore
 from .lock import Lock
 from .processes import SaveError, errors_of_all, exchange, is_first
-from .record import DamagedCheckpoint, absolute, known_steps, read_record, steps_in
+from .record import absolute, known_steps, read_record, steps_in
 from .retention import Retention
 from .rows import Rows
-from .write import Write, checked, remove, remove_leftovers
+from .write import Write, checked
 
 ASIDE = ".damaged"  # what a folder's name ends in that `set_aside` has renamed
 
@@ -46,7 +49,7 @@ class Checkpoints:
         keep_best: int | None = None,
     ):
         self.retention = Retention(keep, keep_every, keep_best)
-        self.directory = absolute(directory)
+        self.directory = absolute(directory, "the folder of checkpoints")
         self._running: Write | None = None
         self._lock: Lock | None = None
         self._claimed = False
@@ -64,7 +67,7 @@ class Checkpoints:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._lock = Lock(self.directory)
-                remove_leftovers(self.directory)
+                self._sweep()
             except OSError as caught:
                 error = caught
         if text := errors_of_all(error):
@@ -86,11 +89,11 @@ class Checkpoints:
             SaveError: this save cannot be started, or the previous one failed. After either the next may be tried.
         """
         step = int(step)
+        self.claim()  # before the look, or another run could save what is not seen
         if step <= max(self.steps(), default=-1):
             where = f"{self.directory}{known_steps(self.directory)}"
             raise ValueError(f"cannot save step {step} to {where}: steps only go up; after going back use another")
         arrays, record = checked(state, metadata)
-        self.claim()
         record |= {"step": step, "loss": loss}
         self._running = Write(self.directory / str(step), arrays, record, after=self._remove_surplus)
 
@@ -130,7 +133,7 @@ class Checkpoints:
         try:
             if is_first():
                 number = 1
-                while (to := self.directory / f"{step}{ASIDE}{'' if number == 1 else f'-{number}'}").exists():
+                while os.path.lexists(to := self.directory / f"{step}{ASIDE}{'' if number == 1 else f'-{number}'}"):
                     number += 1
                 path.rename(to)
                 name = to.name
@@ -176,16 +179,20 @@ class Checkpoints:
         if self.retention.keep is None:
             return
         for step in steps_in(self.directory):
-            with contextlib.suppress(DamagedCheckpoint, ValueError, OSError):
-                losses[step] = read_record(self.directory / str(step)).get("loss")
+            with contextlib.suppress(ValueError, OSError):
+                loss = read_record(self.directory / str(step)).get("loss")
+                losses[step] = loss if finite(loss) else None
         for step in self.retention.surplus(losses):
             with contextlib.suppress(OSError):  # a full or read-only disk is said by the save that meets it
-                remove(self.directory / str(step))
+                discard(self.directory / str(step))
 
     def _release(self) -> None:
         if self._lock is not None:
             # Of a save that failed; where this fails, the next run's claim removes it.
             with contextlib.suppress(OSError):
-                remove_leftovers(self.directory)
+                self._sweep()
             self._lock.release()
         self._lock, self._claimed = None, False
+
+    def _sweep(self) -> None:
+        sweep(self.directory, str.isdecimal)

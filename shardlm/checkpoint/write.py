@@ -4,27 +4,31 @@ import contextlib
 import datetime
 import json
 import logging
+import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from .digest import as_text, start
-from .hashes import digest_files, names_in
-from .processes import SaveError, barrier, errors_of_all, is_first
-from .record import FORMAT, STATE, describe_array, write_record
+from shardlm.runtime.folders import NEW, Work
 
-UNFINISHED, REMOVED = ".saving", ".removed"  # what a folder's name ends in while it is written, while it is deleted
+from .digest import as_text, start
+from .fields import describe_array
+from .hashes import digest_files, names_in
+from .processes import CheckpointWarning, SaveError, barrier, errors_of_all, exchange, is_first, reason
+from .record import FORMAT, LARGEST, STATE, for_orbax, write_record
 
 
 class Write:
     """One checkpoint on its way to the disk, in steps that a failure on any process leads through to the end.
 
-    1. The first process makes `path.saving`. All processes hear whether it could.
+    1. The first process makes a folder of our own beside `path`. All processes hear its name, or why it could not.
     2. Each copies its shards to the host's memory: `Write(...)` returns, and the arrays may be donated.
     3. In a thread, each writes its files and their hashes. All wait for one another, whether it went well or not.
     4. If all went well, the first process merges the lists of arrays, hashes the other files, writes metadata.json and
@@ -35,10 +39,11 @@ class Write:
     waiting for ten minutes. So only its handler of arrays is used here.
 
     Args:
-        path: the folder to make. What is there is replaced.
+        path: the folder to make.
         arrays: by path in the state.
         record: what metadata.json is to say beside the arrays and files.
-        after: called in the first process's thread when the checkpoint is there.
+        after: called in the first process's thread when the checkpoint is there. An error of it is a warning.
+        replace: whether the checkpoint that is at `path` is to go.
 
     Raises:
         SaveError: the folder cannot be made.
@@ -46,27 +51,32 @@ class Write:
 
     def __init__(
         self,
-        path: Any,
+        path: Path,
         arrays: dict[str, jax.Array],
         record: dict[str, Any],
         after: Callable[[], None] = lambda: None,
+        *,
+        replace: bool = False,
     ):
-        self.path, self.unfinished = path, path.parent / f"{path.name}{UNFINISHED}"
+        self.path, self._replace = path, replace
+        self._work: Work | None = None  # of the first process alone
+        self._unpruned: Exception | None = None
         self._record, self._digests = record, start(arrays)
         self._shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
         self._after = after
         self._error: BaseException | None = None
         try:
             if is_first():
-                self.unfinished.rmtree(missing_ok=True)
-                (self.unfinished / STATE).mkdir(parents=True)
+                self._work = Work(path)
+                (self._work.new / STATE).mkdir(parents=True)
         except OSError as error:
             self._error = error
         self._raise_together()
+        self.unfinished = path.parent / exchange(None if self._work is None else self._work.folder.name)[0] / NEW
         self._handler = _Arrays()
         logging.getLogger("absl").addFilter(_raised_here)
         try:
-            self._handler.save(self.unfinished / STATE, args=ocp.args.StandardSave(arrays))
+            self._handler.save(for_orbax(self.unfinished / STATE), args=ocp.args.StandardSave(arrays))
         except Exception as error:
             self._error = error
         self._thread = threading.Thread(target=self._finish, name="shardlm checkpoint")
@@ -76,17 +86,21 @@ class Write:
         """Return when the checkpoint has its name. Raises SaveError if it never will."""
         self.join()
         self._raise_together()
+        if self._unpruned is not None:
+            text = f"{self.path} is saved, and older ones could not be removed: {reason(self._unpruned)}"
+            warnings.warn(text, CheckpointWarning, stacklevel=3)
 
     def join(self) -> None:
         """Return when this process has done its part, and the others theirs; whether all went well is not asked."""
         self._thread.join()
+        if self._error is not None:
+            self._clear()
         self._handler.close()
         logging.getLogger("absl").removeFilter(_raised_here)
 
     def _raise_together(self) -> None:
         if text := errors_of_all(self._error):
-            if is_first():
-                _clear(self.unfinished)
+            self._clear()
             raise SaveError(f"{self.path} could not be saved: {text}") from self._error
 
     def _finish(self) -> None:
@@ -98,9 +112,14 @@ class Write:
             barrier()
             if is_first() and self._error is None:
                 self._commit()
-                self._after()
         except BaseException as error:
             self._error = error
+            return
+        try:
+            if is_first() and self._error is None:
+                self._after()
+        except Exception as error:  # the checkpoint is there all the same
+            self._unpruned = error
 
     def _write_own(self) -> None:
         errors = []
@@ -127,20 +146,31 @@ class Write:
                 raise OSError(f"process {index} has not written its part")
             files |= json.loads(part.read_text())
             part.unlink()
-        self._handler.finalize(self.unfinished / STATE)
+        self._handler.finalize(for_orbax(self.unfinished / STATE))
         files |= digest_files(self.unfinished, [name for name in names_in(self.unfinished) if name not in files])
         found = as_text(self._digests)
         arrays = {name: describe_array(x, found[name]) for name, x in self._shapes.items()}
         write_record(self.unfinished, self._record | {"arrays": arrays, "files": dict(sorted(files.items()))})
-        if self.path.exists():
-            old = self.path.parent / f"{self.path.name}{REMOVED}"
-            old.rmtree(missing_ok=True)
-            self.path.rename(old)
-            self.unfinished.rename(self.path)
-            with contextlib.suppress(OSError):  # the checkpoint is there, whatever becomes of the old one
-                old.rmtree()
-        else:
-            self.unfinished.rename(self.path)
+        assert self._work is not None
+        self._work.publish(replace=self._replace)
+
+    def _clear(self) -> None:
+        """Remove what a failed save has left, until it stays away.
+
+        The file system's own threads go on with the writes that were queued when one failed, and make the folder again.
+        """
+        work, self._work = self._work, None
+        if work is None:
+            return
+        absent, deadline = 0, time.monotonic() + 3
+        while absent < 3 and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                absent = 0 if work.new.exists() else absent + 1
+                shutil.rmtree(work.new)
+            if absent < 3:
+                time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            work.remove()
 
 
 class _Arrays(ocp.StandardCheckpointHandler):
@@ -151,20 +181,6 @@ class _Arrays(ocp.StandardCheckpointHandler):
     async def async_save(self, directory, *arguments, **options):
         self.commits = await super().async_save(directory, *arguments, **options) or []
         return []
-
-
-def _clear(folder: Any) -> None:
-    """Remove what a failed save has left, until it stays away.
-
-    The file system's own threads go on with the writes that were queued when one failed, and make the folder again.
-    """
-    absent, deadline = 0, time.monotonic() + 3
-    while absent < 3 and time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            absent = 0 if folder.exists() else absent + 1
-            folder.rmtree(missing_ok=True)
-        if absent < 3:
-            time.sleep(0.1)
 
 
 def _raised_here(record: logging.LogRecord) -> bool:
@@ -192,26 +208,12 @@ def checked(state: Any, metadata: dict | None) -> tuple[dict[str, jax.Array], di
         raise ValueError(f"there are no elements to save in {', '.join(empty)}")
     try:
         metadata = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))  # a copy: the caller's may change
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"metadata must be a dict that JSON can hold: {error}") from error
+    if (size := len(json.dumps(metadata))) > LARGEST // 2:
+        raise ValueError(f"metadata takes {size:,} bytes as JSON; at most {LARGEST // 2:,} are kept with a checkpoint")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {"format": FORMAT, "saved": now, "processes": jax.process_count(), "metadata": metadata}
     if (layer_rows := getattr(state, "layer_rows", None)) is not None:
         record["layer_rows"] = layer_rows
     return arrays, record
-
-
-def remove(path: Any) -> None:
-    """Delete a checkpoint; a kill on the way leaves none that looks complete."""
-    doomed = path.parent / f"{path.name}{REMOVED}"
-    doomed.rmtree(missing_ok=True)
-    path.rename(doomed)
-    doomed.rmtree()
-
-
-def remove_leftovers(directory: Any) -> None:
-    """Delete what killed runs have left half-written or half-deleted in a run's folder."""
-    for entry in list(directory.iterdir()):
-        stem, dot, ending = entry.name.partition(".")
-        if stem.isdecimal() and dot + ending in (UNFINISHED, REMOVED):
-            entry.rmtree() if entry.is_dir() else entry.unlink()

@@ -5,6 +5,7 @@ Names and shapes are those of https://huggingface.co/docs/peft/developer_guides/
 `lora_alpha / r`.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +20,8 @@ from shardlm.hub.registry import family_of_config
 from shardlm.hub.table import Row
 from shardlm.models.config import Lora, TransformerConfig
 from shardlm.models.lora import add_lora
+from shardlm.runtime.folders import Work, keep_others, sweep
+from shardlm.runtime.paths import local_path
 from shardlm.train.paths import flatten, unflatten
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -90,12 +93,22 @@ def save_lora(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    target = Path(folder).expanduser()
+    target = local_path(folder, "folder")
+    if target.is_symlink():
+        raise ValueError(f"save_lora: {target} is a symbolic link: give the path of the folder itself")
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file())):
         raise ValueError(f"save_lora: {target} exists and is no folder of adapters: choose another path")
-    target.mkdir(parents=True, exist_ok=True)
-    _safetensors().save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-    (target / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    package = _safetensors()
+    sweep(target.parent, lambda name: name == target.name)
+    work = Work(target)
+    try:
+        keep_others(target, work.new, (CONFIG, WEIGHTS))
+        package.save_file(tensors, work.new / WEIGHTS, metadata={"format": "pt"})
+        (work.new / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        work.publish(replace=True)
+    finally:
+        with contextlib.suppress(OSError):  # of what failed; nothing where it is published
+            work.remove()
 
 
 def load_lora(
@@ -120,7 +133,7 @@ def load_lora(
         >>> config, params, _ = sl.load_hf("Qwen3-0.6B", layout)
         >>> config, params = sl.load_lora("adapters", config, params)
     """
-    path = Path(folder).expanduser()
+    path = local_path(folder, "folder")
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             raise FileNotFoundError(f"load_lora: {path} has no {name}")

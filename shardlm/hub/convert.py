@@ -18,6 +18,7 @@ from shardlm.hub.tokenizer import TEXT_FILES
 from shardlm.hub.write import Output, check_target, parse_size, write_folder
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
+from shardlm.runtime.paths import local_path
 from shardlm.train.transformer import TransformerProgram
 
 _SHORT = {"bf16": "bfloat16", "f16": "float16", "fp16": "float16", "f32": "float32", "fp32": "float32"}
@@ -48,7 +49,7 @@ def convert(options: argparse.Namespace) -> int:
         raise ValueError(f"--dtype {options.dtype}; it is one of {', '.join((*_SHORT, *legal))}")
     parse_size(options.max_shard_size)
     check_target(options.target, options.overwrite)
-    source = Path(options.source).expanduser()
+    source = local_path(options.source, "SRC")
     if (source / "metadata.json").is_file() or not source.is_dir():
         what = _checkpoint(source, options, dtype)
     else:
@@ -77,7 +78,7 @@ def _folder(source: Path, options: argparse.Namespace, dtype: np.dtype | None) -
         texts = {name: (path / name).read_bytes() for name in TEXT_FILES if (path / name).is_file()}
         # The file's own fields, whose meaning is known, and not ours: the length of training's context is in none.
         stated = values | {"architectures": [family.architectures[0]], "dtype": str(wanted), "torch_dtype": str(wanted)}
-        write_folder(target, outputs, stated, texts, options.max_shard_size, verbose=True)
+        write_folder(target, outputs, stated, texts, options.max_shard_size, verbose=True, overwrite=options.overwrite)
     return f"{len(outputs)} tensors of a {family.model_type} in {wanted}"
 
 

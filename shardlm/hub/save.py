@@ -85,7 +85,7 @@ def save_hf(
         Output(tensor.name, tensor.shape, np.dtype(flat[tensor.parts[0][0]].dtype), _maker(tensor, flat))
         for tensor in wanted
     ]
-    write_folder(target, outputs, values, texts, max_shard_size, verbose)
+    write_folder(target, outputs, values, texts, max_shard_size, verbose, overwrite=overwrite)
 
 
 def file_values(config: TransformerConfig, family: Family, dtype: Any) -> dict[str, Any]:

@@ -5,10 +5,10 @@ in JSON, which says where each tensor's bytes begin and end, then these. It is w
 because that wants all tensors of a file at once.
 """
 
+import contextlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -21,6 +21,8 @@ import numpy as np
 from shardlm.checkpoint.processes import errors_of_all, exchange, is_first
 from shardlm.hub.files import DTYPES, INDEX, SINGLE
 from shardlm.hub.progress import Progress
+from shardlm.runtime.folders import Work, sweep
+from shardlm.runtime.paths import local_path
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _KINDS = {dtype: name for name, dtype in DTYPES.items()}
@@ -71,9 +73,11 @@ def check_target(path: str | os.PathLike, overwrite: bool) -> Path:
     Raises:
         ValueError: there is something that must not be replaced.
     """
-    folder, problem = Path(path).expanduser().absolute(), None
+    folder, problem = local_path(path, "folder"), None
     try:
         if is_first():
+            with contextlib.suppress(OSError):  # what is left of killed ones; where it cannot go, writing says why
+                sweep(folder.parent, lambda name: name == folder.name)
             _check_target(folder, overwrite)
     except ValueError as error:
         problem = str(error)
@@ -83,7 +87,13 @@ def check_target(path: str | os.PathLike, overwrite: bool) -> Path:
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a symbolic link: give the path of the folder itself")
+    if not folder.exists():
+        return
+    if folder.is_dir() and not any(folder.iterdir()):
+        if folder.samefile(os.getcwd()):
+            raise ValueError(f"{folder} is the folder that the program runs in: choose another path")
         return
     if not folder.is_dir() or not (folder / "config.json").is_file():
         raise ValueError(f"{folder} exists and is no folder of a Hugging Face model: choose another path")
@@ -98,16 +108,19 @@ def write_folder(
     texts: Mapping[str, str | bytes],
     max_shard_size: int | str,
     verbose: bool,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write a model's folder under another name beside it, and give it its name when all is there.
 
     Args:
-        folder: as `check_target` returned it; a model there is replaced at the end.
+        folder: as `check_target` returned it.
         outputs: the tensors, in the order in which they are written.
         config: of config.json, written after all tensors.
         texts: other files, by name.
         max_shard_size: bytes of tensors in a file; a larger tensor has one to itself.
         verbose: show a progress bar.
+        overwrite: whether what is at `folder` is replaced at the end.
 
     Raises:
         OSError: it could not be written, which all processes hear; nothing of it is left.
@@ -115,12 +128,13 @@ def write_folder(
     shards = _shards(outputs, parse_size(max_shard_size))
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    new, error = folder.with_name(f"{folder.name}.new"), None
+    work, error = None, None
     made = (output for shard in shards for output in shard)
     try:
         if is_first():
-            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
-            new.mkdir(parents=True)
+            work = Work(folder)
+            new = work.new
+            new.mkdir()
             with Progress(f"writing {folder.name}", sum(output.size for output in outputs), verbose) as progress:
                 for name, shard in zip(names, shards, strict=True):
                     _write_file(new / name, shard, made, progress)
@@ -133,10 +147,13 @@ def write_folder(
             for name, content in texts.items():
                 (new / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
             (new / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            _rename(new, folder)
+            work.publish(replace=overwrite)
     except OSError as caught:
         error = caught
-        shutil.rmtree(new, ignore_errors=True)
+    finally:
+        if work is not None:
+            with contextlib.suppress(OSError):  # of what failed; nothing where it is published
+                work.remove()
     if jax.process_count() > 1:  # those that do not write, or do no longer, still take part in making tensors
         for output in made:
             output.value()
@@ -175,12 +192,3 @@ def _write_file(path: Path, outputs: Sequence[Output], made: Iterator[Output], p
             progress.advance(output.size)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _rename(new: Path, folder: Path) -> None:
-    old = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,7 +1,6 @@
 """The training loop: batches in order, metrics out, evaluation, checkpoints, resumption, and the reasons to stop."""
 
 import math
-import os
 import signal
 import time
 from collections import deque
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from shardlm.checkpoint import Checkpoints, SaveError
+from shardlm.runtime.paths import local_path
 from shardlm.runtime.preemption import Preempted, Preemption
 from shardlm.runtime.watch import Watch
 from shardlm.train import resume, saving, together
@@ -53,6 +53,10 @@ class FitOptions:
     verbose: bool
 
     def __post_init__(self):
+        self.checkpoint_dir, self.log_dir = (
+            None if path is None else local_path(path, name)
+            for name, path in (("checkpoint_dir", self.checkpoint_dir), ("log_dir", self.log_dir))
+        )
         problems = [
             f"{name}={value!r}; it is a positive integer"
             for name in ("checkpoint_every", "log_every", "evaluate_every")
@@ -89,6 +93,22 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
     directory = options.checkpoint_dir
     retention = options.keep, options.keep_every, options.keep_best
     checkpoints = None if directory is None else Checkpoints(directory, *retention)
+    with checkpoints or nullcontext():
+        claimed = checkpoints is None or saving.claim(checkpoints, steps)
+        return _fit(trainer, batches, steps, state, options, checkpoints, claimed)
+
+
+def _fit(
+    trainer: "Trainer",
+    batches: Any,
+    steps: int,
+    state: TrainState | None,
+    options: FitOptions,
+    checkpoints: Checkpoints | None,
+    claimed: bool,
+) -> TrainState:
+    """The run, with its folder claimed; else it has nothing to do but evaluate, and records nothing."""
+    directory = options.checkpoint_dir
     latest, resumed, metadata = None if checkpoints is None else checkpoints.latest(), [], {}
     together.check_run(trainer, {"steps": steps, "newest checkpoint": latest, "checkpoints": directory is not None})
     if checkpoints is not None and latest is not None:
@@ -105,7 +125,7 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
         total=steps,
         start=start,
         log_every=options.log_every,
-        directory=None if log_dir is None else os.path.expanduser(log_dir),  # as the checkpoints' is
+        directory=log_dir if claimed else None,
         tensorboard=options.tensorboard,
         enabled=jax.process_index() == 0 and options.verbose,
     ) as progress:

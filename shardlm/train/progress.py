@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,13 +35,15 @@ class Progress:
         total: number of the last step.
         start: steps made before this run; the first that it makes is `start + 1`.
         log_every: steps between two calls of `log`; see `due`.
-        directory: where metrics.jsonl goes, a local folder, made if it does not exist; None records nothing.
+        directory: where metrics.jsonl goes, a local folder, made if it does not exist; None records nothing. One run
+            at a time records in a folder, until it is closed.
         tensorboard: write TensorBoard events to `directory` too.
         console: where to print; default the standard output.
         enabled: False, for all processes but one, shows and records nothing.
 
     Raises:
         ValueError: `tensorboard` without `directory`, a directory that is not local, `log_every` below 1.
+        OSError: another run records in the directory; or metrics.jsonl is a link, or no plain file.
         ImportError: `tensorboard` without the package tensorboardX.
 
     Example:
@@ -69,8 +69,9 @@ class Progress:
             raise ValueError(f"log_every={log_every}; it is a number of steps, at least 1")
         if tensorboard and directory is None:
             raise ValueError("tensorboard=True, but there is no directory to write the events to: give one")
-        if ":/" in str(directory)[2:]:  # a URL: the colon after a drive's letter comes before
-            raise ValueError(f"metrics cannot be written to {str(directory)!r}: give a local folder, or mount it")
+        from shardlm.runtime.paths import local_path  # a line to look at needs nothing of shardlm
+
+        folder = None if directory is None else local_path(directory, "log_dir")
         if console is None:  # rich takes a pipe for a terminal where FORCE_COLOR is set, as some CI does
             console = Console(force_interactive=None if sys.stdout.isatty() else False)
         self._total, self._log_every, self._enabled, self._console = total, log_every, enabled, console
@@ -78,16 +79,18 @@ class Progress:
         self._widths: dict[str, int] = {}
         self._began, self._pace = time.monotonic(), math.nan  # seconds, seconds a step
         self._first_log: tuple[int, float] | None = None
-        self._file: Path | None = None
+        self._record: Any = None
         self._writer: Any = None
         self._live: rich.progress.Progress | None = None
-        if enabled and directory is not None:
-            if tensorboard:  # TensorBoard hides what earlier runs wrote for purge_step and later
-                self._writer = _summary_writer()(str(directory), purge_step=start + 1)
-            self._file = Path(directory) / "metrics.jsonl"
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            if dropped := _drop_lines(self._file, start):
-                self.message(f"{self._file}: dropped {dropped} line(s), cut short or of steps after {start}")
+        if enabled and folder is not None:
+            from shardlm.train.record import Record
+
+            make_writer = _summary_writer() if tensorboard else None
+            self._record = Record(folder)
+            if dropped := self._record.drop(start):
+                self.message(f"{self._record.path}: dropped {dropped} line(s), cut short or of steps after {start}")
+            if make_writer is not None:  # TensorBoard hides what earlier runs wrote for purge_step and later
+                self._writer = make_writer(str(folder), purge_step=start + 1)
         if enabled and console.is_interactive and not console.is_jupyter:
             columns = rich.progress.BarColumn(None, table_column=Column(ratio=1)), _TextColumn(self._live_text)
             self._live = rich.progress.Progress(*columns, console=console, expand=True, refresh_per_second=4)
@@ -120,10 +123,11 @@ class Progress:
         self._latest |= values
         self._measure_pace(step, values)
         self._print_line(step, values)
-        if self._file is not None:
+        if self._record is not None:
             record = {"step": int(step), "time": time.time()}
             record |= {name: v if math.isfinite(v) else _NON_FINITE[str(v)] for name, v in values.items()}
-            self._append(self._file, json.dumps(record) + "\n")
+            if problem := self._record.append(json.dumps(record) + "\n"):
+                self.message(problem)
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
@@ -143,17 +147,8 @@ class Progress:
             self._live = None
         if self._writer is not None:
             self._writer.close()
-
-    def _append(self, path: Path, line: str) -> None:
-        """Add a line to a file; on a full disk, say so and leave the file as it was."""
-        size = path.stat().st_size if path.exists() else 0
-        try:
-            with path.open("a", encoding="utf-8") as file:  # closed again, so that the line outlives a kill
-                file.write(line)
-        except OSError as error:
-            with suppress(OSError):
-                os.truncate(path, size)
-            self.message(f"{path}: the line above is not recorded: {error.strerror}")
+        if self._record is not None:
+            self._record.close()
 
     def _measure_pace(self, step: int, values: Mapping[str, float]) -> None:
         """Time per step since the first log: with evaluations and checkpoints, and without compilation."""
@@ -201,24 +196,6 @@ class _TextColumn(rich.progress.ProgressColumn):
 
     def render(self, task: rich.progress.Task) -> Text:
         return Text(self._text(task.completed))
-
-
-def _drop_lines(path: Path, start: int) -> int:
-    """Drop the lines of steps after `start`, and a last line cut short, in one atomic rewrite; returns their number."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept = [line.rstrip(b"\n") + b"\n" for line in lines if _is_kept(line, start)]
-    if kept != lines:
-        new = path.with_name(path.name + ".new")
-        new.write_bytes(b"".join(kept))
-        new.replace(path)
-    return len(lines) - len(kept)
-
-
-def _is_kept(line: bytes, start: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= start
-    except (ValueError, TypeError, KeyError):
-        return line.endswith(b"\n")  # not a line of ours: leave it, unless a kill cut it short
 
 
 def _summary_writer() -> Any:

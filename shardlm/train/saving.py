@@ -4,7 +4,9 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from shardlm.checkpoint import Checkpoints, DamagedCheckpoint, SaveError
+from shardlm.checkpoint import Checkpoints, CheckpointWarning, DamagedCheckpoint, SaveError
+from shardlm.checkpoint.fields import finite
+from shardlm.runtime.strangers import printable
 from shardlm.train import resume
 from shardlm.train.state import TrainState
 
@@ -12,8 +14,22 @@ if TYPE_CHECKING:
     from shardlm.train.trainer import Trainer
 
 
-class CheckpointWarning(UserWarning):
-    """A checkpoint was damaged, or could not be saved, and the run goes on without it."""
+def claim(checkpoints: Checkpoints, steps: int) -> bool:
+    """Make the folder this run's before anything in it is looked at, so that no other run changes what is seen.
+
+    Returns:
+        Whether it is; False where it cannot be and need not be, as the run of `steps` is complete.
+
+    Raises:
+        SaveError: it cannot be, and is to be saved to.
+    """
+    try:
+        checkpoints.claim()
+    except SaveError:
+        if (checkpoints.latest() or 0) < steps:
+            raise
+        return False
+    return True
 
 
 def newest_good(trainer: "Trainer", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any], list[str]]:
@@ -30,7 +46,8 @@ def newest_good(trainer: "Trainer", checkpoints: Checkpoints) -> tuple[TrainStat
         where = f"{checkpoints.directory}, step {step}"
         try:
             metadata = checkpoints.metadata(step)
-            lines = resume.changes(trainer, metadata, where)
+            _check(metadata, where)
+            lines = [printable(line, 500) for line in resume.changes(trainer, metadata, where)]
             state = checkpoints.restore(step, trainer)
         except DamagedCheckpoint as error:
             damaged.append((step, error))
@@ -48,6 +65,17 @@ def newest_good(trainer: "Trainer", checkpoints: Checkpoints) -> tuple[TrainStat
         "\n  ".join([f"no checkpoint in {checkpoints.directory} is whole:", *(str(error) for _, error in damaged)])
         + "\nTo start anew, choose another checkpoint_dir or remove this one"
     )
+
+
+def _check(metadata: dict[str, Any], where: str) -> None:
+    """Raise ValueError where what a run reads of a checkpoint's metadata is of a wrong kind."""
+    kinds = {"config": dict, "layout": str, "versions": dict, "module": str}
+    wrong = [name for name, kind in kinds.items() if name in metadata and not isinstance(metadata[name], kind)]
+    if "tokens" in metadata and not (finite(metadata["tokens"]) and metadata["tokens"] >= 0):
+        wrong.append("tokens")
+    if wrong:
+        told = ", ".join(f"{name}={printable(repr(metadata[name]), 60)}" for name in wrong)
+        raise ValueError(f"the checkpoint of {where} was not saved by fit: its metadata has {told}")
 
 
 class Saver:

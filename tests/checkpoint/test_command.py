@@ -10,6 +10,7 @@ import pytest
 
 from shardlm.__main__ import main
 from shardlm.checkpoint import Checkpoints, command, restore
+from shardlm.runtime import folders
 
 
 @pytest.fixture
@@ -18,7 +19,8 @@ def run(tmp_path):
     with Checkpoints(tmp_path / "run", keep=None) as checkpoints:
         for step, loss in ((1, 3.5), (2, 0.25), (3, None), (10, None)):
             checkpoints.save(step, {"x": jnp.full(3, float(step))}, {"layout": "data=2", "loss": 2.0}, loss=loss)
-    (tmp_path / "run/11.saving/state").mkdir(parents=True)
+    killed = folders.Work(tmp_path / "run/11")
+    (killed.new / "state").mkdir(parents=True)
     (tmp_path / "run/metrics.jsonl").touch()
     largest = max((tmp_path / "run/3/state").rglob("*"), key=lambda entry: entry.stat().st_size * entry.is_file())
     data = bytearray(largest.read_bytes())
@@ -43,7 +45,7 @@ def test_it_lists_and_verifies(run, capsys):
         ["1", "3.5000", "data=2", "complete"], ["2", "0.2500", "data=2", "complete"],
         ["3", "2.0000", "data=2", "complete"], ["10", "2.0000", "data=2", "complete"],
     ]  # fmt: skip
-    assert lines[-1][0] == "11.saving" and lines[-1][-1].startswith("not finished")
+    assert re.fullmatch(r"11\.saving-[0-9a-f]{8}", lines[-1][0]) and lines[-1][-1].startswith("not finished")
     status, lines = listed(capsys, run, "--verify")
     assert status == 1
     assert [line[-1].split()[0] for line in lines[1:-1]] == ["ok", "ok", "damaged:", "ok"]
@@ -59,7 +61,8 @@ def test_it_prunes_as_a_run_does(run, capsys):
     (run / "1/metadata.json").unlink()
     status, lines = listed(capsys, run, "--prune", "--keep", 1, "--keep-best", 1)
     assert (status, lines[0]) == (1, ["removed step 3"])
-    assert sorted(os.listdir(run)) == ["1", "10", "11.saving", "2", "metrics.jsonl"]
+    names = [name.partition("-")[0] for name in os.listdir(run)]
+    assert sorted(names) == ["1", "10", "11.saving", "2", "metrics.jsonl"]
 
 
 def test_what_it_exports_is_a_checkpoint_by_itself(run, tmp_path, capsys):
@@ -84,7 +87,7 @@ def test_a_copy_that_differs_is_not_exported(run, tmp_path, monkeypatch):
         return damage(directory, expected) if len(calls) == 1 else ["state/_METADATA has other bytes"]
 
     monkeypatch.setattr(command, "damage", second_time)
-    with pytest.raises(ValueError, match="elsewhere.saving is damaged: state/_METADATA has other bytes"):
+    with pytest.raises(ValueError, match=r"elsewhere\.saving-\w+/new is damaged: state/_METADATA has other bytes"):
         command.export(command.absolute(run / "2"), command.absolute(tmp_path / "elsewhere"))
     assert not (tmp_path / "elsewhere").exists()
 

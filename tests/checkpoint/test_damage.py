@@ -106,7 +106,7 @@ def test_what_the_message_says_of_a_file(damaged, state):
 def test_a_step_that_is_no_folder_or_an_empty_one_is_damaged(damaged, state):
     shutil.rmtree(damaged / "state")
     (damaged / "state").touch()
-    with pytest.raises(DamagedCheckpoint, match=r"state/_METADATA cannot be read \(Not a directory\)"):
+    with pytest.raises(DamagedCheckpoint, match=r"state/_METADATA is missing"):
         restore(damaged, state)
     for make in (Path.mkdir, Path.touch):
         shutil.rmtree(damaged) if damaged.is_dir() else damaged.unlink()

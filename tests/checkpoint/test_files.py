@@ -299,19 +299,20 @@ def test_a_run_keeps_its_last_checkpoints_and_goes_on(tmp_path):
         for step in (1, 2, 30):
             checkpoints.save(step, {"x": jnp.full(3, float(step))}, {"step": step})
             assert checkpoints.latest() == step
-    (tmp_path / "run/31.saving").mkdir()
+    (tmp_path / "run/31.saving").mkdir()  # somebody else's
+    (tmp_path / "run/31.saving-0123abcd").mkdir()  # of a run that was killed at once
     with Checkpoints(tmp_path / "run", keep=2) as checkpoints:
         assert (checkpoints.steps(), checkpoints.latest()) == ([2, 30], 30)
         assert checkpoints.restore(30, target)["x"].tolist() == [30, 30, 30]
         assert checkpoints.metadata(2) == {"step": 2}
-        assert (tmp_path / "run/31.saving").exists()  # a reader removes nothing
+        assert (tmp_path / "run/31.saving-0123abcd").exists()  # a reader removes nothing
         for step in (-1, 29, 30):
             with pytest.raises(
                 ValueError, match=rf"cannot save step {step} to .*/run \(steps in .*: 2, 30\): steps only"
             ):
                 checkpoints.save(step, target)
         checkpoints.save(jnp.int32(31), target)
-    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == ["30", "31"]
+    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == ["30", "31", "31.saving"]
     with pytest.raises(ValueError, match="keep=0: expected how many checkpoints stay, at least 1, or None"):
         Checkpoints(tmp_path, keep=0)
     deadline = time.monotonic() + 5  # idle workers of thread pools that were shut down need a moment to end
@@ -378,7 +379,7 @@ def test_after_a_kill_the_last_complete_checkpoint_is_the_latest(tmp_path):
         assert last_said - 2 <= latest <= last_said
         assert all((leaf == latest).all() for leaf in restore(tmp_path / str(latest), target))
         assert read_metadata(tmp_path / str(latest)) == {"step": latest}
-        unfinished += any(entry.name.endswith(".saving") for entry in tmp_path.iterdir())
+        unfinished += any(".saving-" in entry.name for entry in tmp_path.iterdir())
         if seed >= 2 and unfinished:
             break
     assert unfinished, "no kill hit a save: the test has shown nothing"

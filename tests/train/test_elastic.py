@@ -36,7 +36,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 def when_saving(step):
-    while not (folder / f"run/{step}.saving/state").exists():
+    while not any(folder.glob(f"run/{step}.saving-*/new/state")):
         time.sleep(0.0005)
     die()
 

@@ -680,7 +680,7 @@ def test_an_evaluation_that_fails_loses_no_step(trainer, tmp_path):
         ({"keep_best": 1}, "keep_best compares .*: give an evaluate_every that divides checkpoint_every=100, not None"),
         ({"keep_best": 1, "held_out": [{}], "evaluate_every": 30}, "that divides checkpoint_every=100, not 30"),
         ({"tensorboard": True}, "tensorboard=True, but there is no directory to write the events to"),
-        ({"log_dir": "gs://bucket/run"}, "metrics cannot be written to 'gs://bucket/run'"),
+        ({"log_dir": "gs://bucket/run"}, "log_dir='gs://bucket/run' is an address"),
     ],
 )  # fmt: skip
 def test_an_option_out_of_range_is_an_error(trainer, options, message):

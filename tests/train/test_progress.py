@@ -288,8 +288,9 @@ def test_advancing_is_cheap():
     [
         ({"log_every": 0}, "log_every=0; it is a number of steps, at least 1"),
         ({"tensorboard": True}, "tensorboard=True, but there is no directory to write the events to: give one"),
-        ({"directory": "gs://bucket/a"}, "cannot be written to 'gs://bucket/a': give a local folder"),
-        ({"directory": Path("gs://bucket/a")}, "cannot be written to 'gs:/bucket/a': give a local folder"),
+        ({"directory": "gs://bucket/a"}, "log_dir='gs://bucket/a' is an address: give a local folder"),
+        ({"directory": Path("gs://bucket/a")}, "log_dir='gs:/bucket/a' is an address: give a local folder"),
+        ({"directory": ""}, "log_dir='' is empty: name a path"),
     ],
 )
 @pytest.mark.parametrize("enabled", [True, False])
