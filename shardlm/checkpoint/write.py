@@ -60,7 +60,7 @@ class Write:
     ):
         self.path, self._replace = path, replace
         self._work: Work | None = None  # of the first process alone
-        self._unpruned: Exception | None = None
+        self._unpruned: BaseException | None = None
         self._record, self._digests = record, start(arrays)
         self._shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
         self._after = after
@@ -118,7 +118,7 @@ class Write:
         try:
             if is_first() and self._error is None:
                 self._after()
-        except Exception as error:  # the checkpoint is there all the same
+        except BaseException as error:  # the checkpoint is there all the same
             self._unpruned = error
 
     def _write_own(self) -> None:

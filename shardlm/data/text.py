@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from shardlm.runtime.paths import local_path
+
 _EXCLUDE = frozenset({"__pycache__"})
 _STANDARD_LIBRARY_EXCLUDE = _EXCLUDE | {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 _NAMES_SHOWN = 5
@@ -75,7 +77,7 @@ def read_documents(
     Example:
       >>> documents = read_documents("notes", pattern="*.md")  # doctest: +SKIP
     """
-    given = [Path(os.path.abspath(os.path.expanduser(path))) for path in _as_list(paths)]
+    given = [Path(os.path.abspath(local_path(path, "paths"))) for path in _as_list(paths)]
     if missing := [str(path) for path in given if not path.exists()]:
         raise ValueError(f"no such file or folder: {', '.join(missing)}")
     if not given:

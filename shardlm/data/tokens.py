@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from shardlm.runtime.folders import write_file
+from shardlm.runtime.paths import local_path
+from shardlm.runtime.strangers import read_small
 
 DEFAULT_CACHE = "~/.cache/shardlm"
 _NUM_BYTES = 256
@@ -118,7 +121,7 @@ class BPETokenizer:
                 f"vocab_size={vocab_size} is too small: 256 bytes and the document boundary need at least 257 ids"
             )
         texts = list(texts)
-        path = None if cache is None else Path(cache).expanduser() / f"bpe-{_digest(texts, vocab_size)}.json"
+        path = None if cache is None else local_path(cache, "cache") / f"bpe-{_digest(texts, vocab_size)}.json"
         definition = _read(path) if path is not None and path.exists() else None
         if definition is None:
             definition = _train(texts, vocab_size)
@@ -224,7 +227,12 @@ def _digest(texts: Sequence[str], vocab_size: int) -> str:
 
 def _read(path: Path) -> str | None:
     """Returns the definition that `_write` wrote, or None, with a warning, if it is damaged."""
-    checksum, _, definition = path.read_bytes().partition(b"\n")
+    try:
+        content = read_small(path.parent, path.name)
+    except ValueError as error:  # a link, a pipe, or too large
+        warnings.warn(f"the cached tokenizer is not read: {error}", stacklevel=3)
+        return None
+    checksum, _, definition = content.partition(b"\n")
     if hashlib.sha256(definition).hexdigest().encode() == checksum:
         return definition.decode("utf-8")
     warnings.warn(f"the cached tokenizer {str(path)!r} is damaged; training it again", stacklevel=3)
@@ -235,13 +243,7 @@ def _write(path: Path, definition: str) -> None:
     data = definition.encode("utf-8")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-            try:
-                file.write(hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
-                file.flush()
-                os.replace(file.name, path)  # atomic: processes that train at once see a whole file or none
-            except OSError:
-                os.unlink(file.name)
-                raise
+        # In one step: processes that train at once see a whole file or none.
+        write_file(path, [hashlib.sha256(data).hexdigest().encode() + b"\n", data])
     except OSError as error:
         warnings.warn(f"the trained tokenizer is not kept in {str(path.parent)!r}: {error}", stacklevel=3)

@@ -16,6 +16,7 @@ from shardlm.generate.api import generate
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.runtime import fake_devices
+from shardlm.runtime.paths import local_path
 from shardlm.train.optimizer import adamw
 from shardlm.train.trainer import Trainer
 
@@ -90,7 +91,7 @@ def _layout(text: str | None) -> Layout | None:
 
 def _load(options: argparse.Namespace, layout: Layout | None) -> tuple[TransformerConfig, Any, Any, list[Any]]:
     """The model, its tokenizer, and the prompts as this kind of model takes them."""
-    folder = Path(options.model)
+    folder = local_path(options.model, "--model")
     if (folder / "config.json").is_file():
         from shardlm.hub import load_hf  # pyright: ignore[reportMissingImports]  needs packages of an extra
 

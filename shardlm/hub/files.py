@@ -10,6 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from shardlm.runtime.folders import recover
+from shardlm.runtime.paths import local_path
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 # safetensors' names of dtypes and NumPy's; the others are of quantised models.
@@ -27,7 +30,8 @@ def folder_of(path: str | os.PathLike) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    folder = Path(path).expanduser().absolute()
+    folder = local_path(path, "folder")
+    recover(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"no folder at {folder}: shardlm downloads nothing; `hf download NAME --local-dir FOLDER` of the package "

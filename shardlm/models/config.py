@@ -295,7 +295,10 @@ class TransformerConfig:
         Raises:
             ValueError: a name that is no field, or no part's type.
         """
-        config = _from_dict(values)
+        try:
+            config = _from_dict(values)
+        except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"these values are not those of a configuration: {error}") from error
         if not isinstance(config, cls):
             raise ValueError(f"these values describe a {type(config).__name__}, not a TransformerConfig")
         return config

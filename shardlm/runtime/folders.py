@@ -76,7 +76,7 @@ class Work:
         """
         sync_folder(self.new)
         if not replace or not os.path.lexists(self.target):
-            os.rename(self.new, self.target)
+            os.replace(self.new, self.target)  # of a file, what is there; of a folder, nothing but an empty one
         elif not exchange(self.new, self.target):
             old = self.folder / OLD
             os.rename(self.target, old)
