@@ -49,7 +49,7 @@ class Checkpoints:
         keep_best: int | None = None,
     ):
         self.retention = Retention(keep, keep_every, keep_best)
-        self.directory = absolute(directory, "the folder of checkpoints")
+        self.directory = absolute(directory, "checkpoints")
         self._running: Write | None = None
         self._lock: Lock | None = None
         self._claimed = False

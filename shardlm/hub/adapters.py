@@ -20,7 +20,7 @@ from shardlm.hub.registry import family_of_config
 from shardlm.hub.table import Row
 from shardlm.models.config import Lora, TransformerConfig
 from shardlm.models.lora import add_lora
-from shardlm.runtime.folders import Work, keep_others, sweep
+from shardlm.runtime.folders import Work, keep_others, recover, sweep
 from shardlm.runtime.paths import local_path
 from shardlm.train.paths import flatten, unflatten
 
@@ -134,6 +134,7 @@ def load_lora(
         >>> config, params = sl.load_lora("adapters", config, params)
     """
     path = local_path(folder, "folder")
+    recover(path)
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             raise FileNotFoundError(f"load_lora: {path} has no {name}")

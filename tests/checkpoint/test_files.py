@@ -237,6 +237,40 @@ def test_saving_over_anything_else_is_refused(tmp_path):
         save(tmp_path / "run", {"x": jnp.ones(3)}, overwrite=True)
 
 
+def test_saving_touches_nothing_beside_its_path(tmp_path):
+    (tmp_path / "c.saving").mkdir()
+    (tmp_path / "c.saving/thesis").touch()
+    (tmp_path / "c.removed").write_text("?")
+    (tmp_path / "link").symlink_to(tmp_path / "c")
+    for overwrite in (False, True):
+        save(tmp_path / "c", {"x": jnp.ones(3)}, overwrite=overwrite)
+    with pytest.raises(ValueError, match="/link is a symbolic link: give the path of the folder itself"):
+        save(tmp_path / "link", {"x": jnp.ones(3)}, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["c", "c.removed", "c.saving", "link"]
+    assert os.listdir(tmp_path / "c.saving") == ["thesis"] and (tmp_path / "c.removed").read_text() == "?"
+
+
+@pytest.mark.parametrize(
+    ("path", "error"), [("", "path='' is empty"), ("gs://bucket/c", "path='gs://bucket/c' is an a")]
+)
+def test_every_function_refuses_what_is_no_local_path(path, error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = {"x": jnp.ones(3)}
+    for call in (
+        lambda: save(path, state),
+        lambda: save(path, state, overwrite=True),
+        lambda: restore(path, state),
+        lambda: read_metadata(path),
+    ):
+        with pytest.raises(ValueError, match=error):
+            call()
+    with pytest.raises(ValueError, match="checkpoints='.*' is "):
+        Checkpoints(path)
+    with pytest.raises(ValueError, match="/.* is the folder that the program runs in"):
+        save(".", state)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_path_without_a_checkpoint_is_named(tmp_path):
     target = {"x": jnp.zeros(3)}
     (tmp_path / "empty").mkdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from shardlm.checkpoint import Checkpoints, SaveError
+from shardlm.checkpoint import Checkpoints, CheckpointWarning, DamagedCheckpoint, SaveError, run
 from shardlm.checkpoint.retention import Retention
 
 ROOT = Path(__file__).parents[2]
@@ -102,3 +102,71 @@ def test_an_error_in_its_block_is_raised_and_the_save_is_complete(tmp_path):
         checkpoints.save(1, {"x": jnp.ones(3)})
         raise ZeroDivisionError
     assert sorted(os.listdir(tmp_path)) == ["1"]
+
+
+def test_two_runs_of_one_process_do_not_save_to_one_folder(tmp_path):
+    first = Checkpoints(tmp_path)
+    first.save(1, {"x": jnp.ones(3)})
+    with Checkpoints(tmp_path) as second:
+        for _ in range(2):
+            with pytest.raises(
+                SaveError, match=f"another run is saving there: process {os.getpid()} on .* is this one"
+            ):
+                second.save(2, {"x": jnp.ones(3)})
+        first.close()
+        second.save(2, {"x": jnp.ones(3)})
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+def test_a_step_is_looked_for_once_the_folder_is_claimed(tmp_path, monkeypatch):
+    """Another run saves and ends between this one's first look and its save."""
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest() is None
+        with Checkpoints(tmp_path) as other:
+            other.save(1, {"x": jnp.ones(3)})
+        with pytest.raises(ValueError, match="cannot save step 1 to .*steps only go up"):
+            checkpoints.save(1, {"x": jnp.ones(3)})
+        checkpoints.save(2, {"x": jnp.ones(3)})
+
+
+def test_a_step_that_is_a_link_does_not_end_the_run(tmp_path):
+    with Checkpoints(tmp_path / "large") as checkpoints:
+        checkpoints.save(3, {"x": jnp.ones(3)})
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "3").symlink_to(tmp_path / "large/3")
+    (run / "4").symlink_to(tmp_path / "nowhere")
+    (run / "5").touch()
+    with Checkpoints(run, keep=1) as checkpoints:
+        assert checkpoints.restore(3, {"x": jnp.zeros(3)})["x"].tolist() == [1, 1, 1]
+        with pytest.raises(DamagedCheckpoint, match="/4 is damaged: it is a link to .*nowhere, which is missing"):
+            checkpoints.metadata(4)
+        assert checkpoints.set_aside(4) == "4.damaged"
+        for step in (6, 7):
+            checkpoints.save(step, {"x": jnp.ones(3)})
+    assert sorted(os.listdir(run)) == ["4.damaged", "5", "7"]
+    assert os.listdir(tmp_path / "large") == ["3"]  # the link alone is removed
+
+
+def test_an_error_after_the_commit_is_a_warning_and_the_step_is_saved(tmp_path, monkeypatch):
+    def broken(path):
+        raise RuntimeError("no older ones today")
+
+    monkeypatch.setattr(run, "discard", broken)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)})
+        checkpoints.save(2, {"x": jnp.ones(3)})
+        with pytest.warns(
+            CheckpointWarning, match="/2 is saved, and older ones could not be removed: RuntimeError: no ol"
+        ):
+            checkpoints.wait()
+        assert checkpoints.steps() == [1, 2]
+
+
+def test_a_file_that_is_not_the_lock_of_a_run_is_left(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.saving").symlink_to(tmp_path / "victim")
+    with pytest.raises(SaveError, match=r"/run/\.saving is a symbolic link, which is not followed: remove it"):
+        Checkpoints(tmp_path / "run").claim()
+    assert (tmp_path / "victim").read_text() == "precious"

@@ -1,7 +1,11 @@
 """Adapters go to the files of PEFT and come back; what those cannot say, or we cannot, is an error."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import os
+import shutil
 
 import jax
 import numpy as np
@@ -11,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import shardlm as sl
 from shardlm.train.paths import flatten, unflatten
 from tests.hub.cases import DATA, load
+from tests.kills import Killed, killed_at
 
 LORA = sl.Lora(rank=3, alpha=7.0, targets=("query", "value", "output", "down"))
 
@@ -125,3 +130,29 @@ def test_what_cannot_be_saved_is_refused(model, tmp_path):
     (tmp_path / "notes/thesis.tex").touch()
     with pytest.raises(ValueError, match="exists and is no folder of adapters"):
         sl.save_lora(tmp_path / "notes", adapted, start)
+
+
+def test_a_kill_at_any_change_of_the_disk_leaves_whole_adapters(model, tmp_path, monkeypatch):
+    config, params, adapted, start = model
+    sl.save_lora(tmp_path / "old", adapted, start, base="old")
+    (tmp_path / "old/README.md").write_text("mine")
+    doubled = unflatten({path: np.asarray(x) * 2 if "/lora_" in path else x for path, x in flatten(start).items()})
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    found = []
+    for number in itertools.count():
+        parent = tmp_path / str(number)
+        shutil.copytree(tmp_path / "old", parent / "a")
+        with killed_at(monkeypatch, number) as made, contextlib.suppress(Killed):
+            sl.save_lora(parent / "a", adapted, doubled, base="new")
+        sl.load_lora(parent / "a", config, params)  # the next look
+        base = json.loads((parent / "a/adapter_config.json").read_text())["base_model_name_or_path"]
+        weight = load_file(parent / "a/adapter_model.safetensors")[name]
+        np.testing.assert_array_equal(
+            weight, load_file(tmp_path / "old/adapter_model.safetensors")[name] * (1 + (base == "new"))
+        )
+        assert (parent / "a/README.md").read_text() == "mine"
+        found.append(base)
+        if not made.dead:
+            break
+    assert len(found) > 8 and found == sorted(found, reverse=True) and {*found} == {"old", "new"}
+    assert os.listdir(parent) == ["a"]

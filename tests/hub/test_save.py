@@ -1,7 +1,9 @@
 """What is saved is what was loaded, bit for bit, from any layout; it appears whole, or not at all."""
 
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +16,12 @@ import pytest
 from safetensors.numpy import load_file
 
 import shardlm as sl
+from shardlm.hub import files as files_
 from shardlm.hub import write
+from shardlm.runtime import folders
 from shardlm.train.engine import flatten, unflatten
 from tests.hub.cases import CASES, DATA, load
+from tests.kills import Killed, killed_at
 
 ROOT = Path(__file__).parents[2]
 
@@ -241,3 +246,62 @@ def test_without_the_extra_the_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match=r"to read safetensors files: pip install 'shardlm\[hf\]'"):
         load(DATA / "llama3")
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_kill_at_any_change_of_the_disk_leaves_the_old_or_the_new_model(tmp_path, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr(folders, "exchange", lambda one, other: False)
+    config, params, _ = load(DATA / "llama3")
+    other, others, _ = load(DATA / "gpt2")
+    sl.save_hf(tmp_path / "old", config, params, verbose=False)
+    found = []
+    for number in itertools.count():
+        parent = tmp_path / str(number)
+        shutil.copytree(tmp_path / "old", parent / "a")
+        with killed_at(monkeypatch, number) as made:
+            try:
+                sl.save_hf(parent / "a", other, others, verbose=False, overwrite=True)
+            except Killed:
+                assert made.dead
+        assert not exchanges or (parent / "a").exists(), made
+        files_.folder_of(parent / "a")  # the next look
+        found.append(json.loads((parent / "a/config.json").read_text())["model_type"])
+        assert_same_files(parent / "a", DATA / {"llama": "llama3", "gpt2": "gpt2"}[found[-1]])
+        write.check_target(parent / "a", overwrite=True)
+        assert os.listdir(parent) == ["a"], made
+        if not made.dead:
+            break
+    assert len(found) > 12 and found[0] == "llama" and found[-1] == "gpt2"
+    assert found == sorted(found, reverse=True)
+
+
+def test_saving_touches_nothing_beside_its_path(tmp_path):
+    config, params, _ = load(DATA / "llama3")
+    others = ("a.new", "a.old", "a.saving-0123abcd")
+    for name in others:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for overwrite in (False, True):
+        sl.save_hf(tmp_path / "a", config, params, verbose=False, overwrite=overwrite)
+    for path, error in (
+        (tmp_path / "link", "is a symbolic link: give the path of the folder itself"),
+        ("", "folder='' is empty"),
+        ("gs://bucket/a", "folder='gs://bucket/a' is an address"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            sl.save_hf(path, config, params, verbose=False, overwrite=True)
+        if path != tmp_path / "link":
+            with pytest.raises(ValueError, match=error):
+                sl.load_hf(path)
+    assert sorted(os.listdir(tmp_path)) == sorted(["a", "link", *others])
+    assert [os.listdir(tmp_path / name) for name in others] == [["thesis"]] * 3
+
+
+def test_what_fails_while_a_tensor_is_made_leaves_nothing(tmp_path, monkeypatch):
+    config, params, _ = load(DATA / "llama3")
+    monkeypatch.setattr(write, "_write_file", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sl.save_hf(tmp_path / "a", config, params, verbose=False)
+    assert os.listdir(tmp_path) == []

@@ -505,6 +505,49 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_first_step(tr
         trainer.fit(iter(()), STEPS, checkpoint_dir=tmp_path / "file/run", verbose=False, log_dir=tmp_path)
 
 
+# Two runs on one folder
+
+
+def test_a_second_run_on_the_folder_changes_nothing_of_the_first(trainer, undisturbed, tmp_path):
+    refused = []
+
+    def batches():
+        for i, batch in enumerate(BATCHES, 1):
+            if i == 4:
+                for options in ({"checkpoint_dir": tmp_path}, {"log_dir": tmp_path}):
+                    before = (tmp_path / "metrics.jsonl").read_bytes()
+                    assert before
+                    with pytest.raises((sl.SaveError, OSError), match="another run .*which is this one") as error:
+                        trainer.fit(BATCHES, STEPS, **options)
+                    refused.append(type(error.value))
+                    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+            yield batch
+
+    state, _ = fit(trainer, batches(), checkpoint_dir=tmp_path, checkpoint_every=2, log_every=1)
+    assert refused == [sl.SaveError, OSError]
+    assert_same(undisturbed, by_path(state))
+    assert [line["step"] for line in records(tmp_path)] == list(range(1, STEPS + 1))
+    assert saved_steps(tmp_path) == [2, 4, 6]
+
+
+def test_a_run_claims_its_folder_before_it_looks_at_it(trainer, tmp_path, monkeypatch):
+    looked, steps = [], Checkpoints.steps
+    monkeypatch.setattr(Checkpoints, "steps", lambda self: (looked.append(self._claimed), steps(self))[1])
+    fit(trainer, checkpoint_dir=tmp_path, checkpoint_every=2)
+    assert looked and all(looked)
+
+
+def test_a_complete_run_is_evaluated_while_another_holds_its_folder(trainer, undisturbed, tmp_path):
+    fit(trainer, checkpoint_dir=tmp_path)
+    written = (tmp_path / "metrics.jsonl").read_bytes()
+    with Checkpoints(tmp_path) as other:
+        other.claim()
+        assert_same(undisturbed, by_path(fit(trainer, checkpoint_dir=tmp_path)[0]))
+        with pytest.raises(sl.SaveError, match="another run is saving there"):
+            trainer.fit(BATCHES * 2, STEPS + 1, checkpoint_dir=tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == written
+
+
 # Reasons to stop
 
 
@@ -681,6 +724,10 @@ def test_an_evaluation_that_fails_loses_no_step(trainer, tmp_path):
         ({"keep_best": 1, "held_out": [{}], "evaluate_every": 30}, "that divides checkpoint_every=100, not 30"),
         ({"tensorboard": True}, "tensorboard=True, but there is no directory to write the events to"),
         ({"log_dir": "gs://bucket/run"}, "log_dir='gs://bucket/run' is an address"),
+        ({"log_dir": ""}, "log_dir='' is empty"),
+        ({"checkpoint_dir": "s3://bucket/run"}, "checkpoint_dir='s3://bucket/run' is an address: give a local folder"),
+        ({"checkpoint_dir": Path("gs://bucket/run")}, "checkpoint_dir='gs:/bucket/run' is an address"),
+        ({"checkpoint_dir": ""}, "checkpoint_dir='' is empty"),
     ],
 )  # fmt: skip
 def test_an_option_out_of_range_is_an_error(trainer, options, message):
