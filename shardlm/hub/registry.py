@@ -6,6 +6,7 @@ from typing import Any
 from shardlm.hub.families import gemma, gemma2, gemma3, gpt2, llama, mistral, qwen2, qwen3
 from shardlm.hub.family import Family
 from shardlm.models.config import TransformerConfig
+from shardlm.runtime.strangers import printable
 
 # A configuration is written as the first that can say it.
 FAMILIES: tuple[Family, ...] = tuple(
@@ -41,14 +42,15 @@ def family_of_file(values: Mapping[str, Any], where: str) -> Family:
         ValueError: none of ours; the message says whether the architecture is known.
     """
     name = values.get("model_type")
+    shown, stated = printable(repr(name)), printable(repr(values.get("architectures")))
+    if not isinstance(name, str):
+        raise ValueError(f"{where}: model_type={shown} (architectures={stated}) is unknown; it is a text")
     if name in NAMES:
         return NAMES[name]
     legal = f"shardlm reads {', '.join(NAMES)}"
     if name in NOT_YET:
-        raise ValueError(f"{where}: model_type={name!r} is known and not supported: {NOT_YET[name]}. {legal}")
-    raise ValueError(
-        f"{where}: model_type={name!r} (architectures={values.get('architectures')!r}) is unknown; {legal}"
-    )
+        raise ValueError(f"{where}: model_type={shown} is known and not supported: {NOT_YET[name]}. {legal}")
+    raise ValueError(f"{where}: model_type={shown} (architectures={stated}) is unknown; {legal}")
 
 
 def family_of_config(config: TransformerConfig, name: str | None = None) -> Family:
