@@ -36,8 +36,8 @@ _HARMLESS = {
         sep_token_id suppress_tokens task_specific_params temperature tokenizer_class tokenizer_type top_k top_p
         typical_p unk_token unk_token_id""",
     "of heads for other tasks than language modelling": """_num_labels id2label label2id num_labels
-        predict_special_tokens problem_type summary_activation summary_first_dropout summary_last_dropout summary_proj_to_labels summary_type
-        summary_use_proj""",
+        predict_special_tokens problem_type summary_activation summary_first_dropout summary_last_dropout
+        summary_proj_to_labels summary_type summary_use_proj""",
     "what a call in Python returns": """keys_to_ignore_at_inference output_attentions output_hidden_states output_logits
         output_router_logits output_scores return_dict return_dict_in_generate tf_legacy_loss tie_last_hidden_states
         torchscript use_return_dict""",

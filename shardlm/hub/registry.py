@@ -53,15 +53,21 @@ def family_of_file(values: Mapping[str, Any], where: str) -> Family:
     raise ValueError(f"{where}: model_type={shown} (architectures={stated}) is unknown; {legal}")
 
 
-def family_of_config(config: TransformerConfig, name: str | None = None) -> Family:
+def family_of_config(config: TransformerConfig, name: str | None = None, preferred: Any = None) -> Family:
     """The family that a configuration is written as: the one named, or the first that can say it.
+
+    Args:
+        config: to be written.
+        name: of the one family that it is to be.
+        preferred: the name of one that is asked before the others, if it is a family's.
 
     Raises:
         ValueError: it cannot be said; the message lists why, family by family.
     """
     if name is not None and name not in NAMES:
         raise ValueError(f"family={name!r}; it is one of {', '.join(NAMES)}")
-    asked = FAMILIES if name is None else (NAMES[name],)
+    before = (NAMES[preferred],) if isinstance(preferred, str) and preferred in NAMES else ()
+    asked = (*before, *FAMILIES) if name is None else (NAMES[name],)
     reasons = {family.model_type: family.differences(config) for family in asked}
     for family in asked:
         if not reasons[family.model_type]:

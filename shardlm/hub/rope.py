@@ -14,6 +14,7 @@ from shardlm.models.config import LinearScaling, Llama3Scaling, Rope, Transforme
 from shardlm.runtime.strangers import printable
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # what layer_types calls the layers
+SPELLINGS = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq")
 _LLAMA3 = {
     "factor": "factor",
     "low_freq_factor": "low_frequency_factor",
@@ -48,8 +49,8 @@ def read_two_ropes(fields: Fields, theta: float, local_theta: float) -> tuple[Ro
         # transformers 5 sets rope_type first, so that `type` is not looked at; transformers 4 took either.
         warnings.warn(
             f"{fields.where}: rope_scaling={printable(old)} has `type`, the old name of `rope_type`. In files of Gemma "
-            "3 transformers 5 does not read it and scales nothing, and shardlm does the same. transformers 4 did scale: "
-            "if the model was made for that, write rope_type into a copy of config.json",
+            "3 transformers 5 does not read it and scales nothing, and shardlm does the same. transformers 4 did "
+            "scale: if the model was made for that, write rope_type into a copy of config.json",
             stacklevel=2,
         )
         old = None
