@@ -79,7 +79,7 @@ class Fields:
         unknown = sorted(name for name in unread if self.values[name] is not None)  # null says nothing
         for name in unknown:
             self.refuse(name, "shardlm does not know this field, which may change what the model computes")
-        ignore = f"ignore_fields=({', '.join(printable(repr(name)) for name in unknown)},)"
+        ignore = f"ignore_fields=[{', '.join(printable(repr(name)) for name in unknown)}]"
         advice = f"\n  If the unknown fields change nothing: {ignore}, --ignore-fields on the command line"
         raise_problems(f"{self.where} cannot be read", self.problems, advice if unknown else "")
 
