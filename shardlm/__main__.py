@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """`python -m shardlm train`: print the plan, train, evaluate, and show a sample."""
+    if options.init_from is None and options.ignore_fields:
+        raise ValueError("--ignore-fields is for the folder of --init-from, which is not given")
     layout = _start_devices(options.layout)
     config, tokenizer = (_config(options), None) if options.init_from is None else begin.read(options, _SIZES)
     # Before the text is read, which may take long.

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from shardlm.checkpoint import read_metadata, restore
 from shardlm.data import ByteTokenizer
 from shardlm.generate.api import generate
+from shardlm.hub.convert import add_ignore_fields
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.runtime import fake_devices
@@ -46,6 +48,7 @@ def add(commands: Any, formatter: Any) -> None:
     option("--stop", action="append", help="a string that ends the text; may be given several times")
     option("--dtype", help="of the computation: float32 or bfloat16 (default: the model's)")
     option("--batch-size", type=int, help="prompts at a time (default: all, at most 64)")
+    add_ignore_fields(option)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -92,10 +95,10 @@ def _layout(text: str | None) -> Layout | None:
 def _load(options: argparse.Namespace, layout: Layout | None) -> tuple[TransformerConfig, Any, Any, list[Any]]:
     """The model, its tokenizer, and the prompts as this kind of model takes them."""
     folder = local_path(options.model, "--model")
-    if (folder / "config.json").is_file():
+    if os.path.lexists(folder / "config.json"):
         from shardlm.hub import load_hf  # pyright: ignore[reportMissingImports]  needs packages of an extra
 
-        config, params, tokenizer = load_hf(folder, layout, options.dtype)
+        config, params, tokenizer = load_hf(folder, layout, options.dtype, ignore_fields=options.ignore_fields)
         if tokenizer is None:
             raise ValueError(f"{folder} has no tokenizer: call sl.generate in Python, with token ids")
         return config, params, tokenizer, options.prompt

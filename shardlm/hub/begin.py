@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from shardlm.checkpoint.processes import exchange, is_first
 from shardlm.checkpoint.record import absolute, steps_in
-from shardlm.hub.files import folder_of, read_config
+from shardlm.hub.convert import add_ignore_fields
+from shardlm.hub.files import Tensors, folder_of, read_config
 from shardlm.hub.load import load_hf
+from shardlm.hub.match import check_sizes
+from shardlm.hub.origin import Origin
 from shardlm.hub.registry import family_of_config, family_of_file
 from shardlm.hub.save import save_hf
 from shardlm.hub.tokenizer import HubTokenizer, read_tokenizer
@@ -24,8 +27,9 @@ WIDE = "float32"  # what parameters are trained in, whatever the files have: sma
 
 
 def add_options(add: Callable[..., Any]) -> None:
-    """Add `--save-hf` and what it needs; `--init-from` stands where a preset may."""
+    """Add `--save-hf` and `--ignore-fields`; `--init-from` stands where a preset may."""
     add("--save-hf", metavar="FOLDER", help="write the trained model here, as transformers and load_hf read it")
+    add_ignore_fields(add)
 
 
 def add_init_from(add: Callable[..., Any]) -> None:
@@ -55,7 +59,11 @@ def read(options: argparse.Namespace, sizes: tuple[str, ...]) -> tuple[Transform
     path = folder_of(options.init_from)
     values = read_config(path)
     where = str(path / "config.json")
-    config = family_of_file(values, where).config(values, where)
+    family = family_of_file(values, where)
+    config = family.config(values, where, options.ignore_fields)
+    with Tensors(path) as files:  # before anything is made of the sizes that config.json says
+        check_sizes(config, family, files, str(path))
+    config = dataclasses.replace(config, origin=Origin.of_folder(path, values, options.ignore_fields).text())
     attention = config.attention
     if options.attention is not None:
         attention = dataclasses.replace(attention, implementation=options.attention)
@@ -86,7 +94,7 @@ def state(trainer: "Trainer", options: argparse.Namespace) -> "TrainState | None
         return None
     if options.checkpoint_dir is not None and steps_in(absolute(options.checkpoint_dir)):
         return None
-    _, params, _ = load_hf(options.init_from, trainer.layout, WIDE)
+    _, params, _ = load_hf(options.init_from, trainer.layout, WIDE, ignore_fields=options.ignore_fields)
     return trainer.init(params)
 
 

@@ -11,10 +11,11 @@ import numpy as np
 
 from shardlm.checkpoint import read_metadata, restore
 from shardlm.hub.files import DTYPES, Tensors, folder_of, read_config
+from shardlm.hub.finite import all_finite, warn_of
 from shardlm.hub.match import match, one_dtype
 from shardlm.hub.registry import family_of_file
 from shardlm.hub.save import save_hf
-from shardlm.hub.tokenizer import TEXT_FILES
+from shardlm.hub.tokenizer import text_files
 from shardlm.hub.write import Output, check_target, parse_size, write_folder
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
@@ -39,6 +40,24 @@ def add_command(commands: Any) -> None:
     add("--dtype", help="of the parameters: bf16, f16, f32 (default: as in SRC)")
     add("--max-shard-size", default="5GB", help="bytes of tensors in a file (default: 5GB)")
     add("--overwrite", action="store_true", help="replace the model at DST")
+    add(
+        "--like",
+        metavar="FOLDER",
+        help="the Hugging Face folder that a checkpoint's model came from: its tokenizer, chat template and the rest "
+        "of its config.json go to DST too",
+    )
+    add_ignore_fields(add)
+
+
+def add_ignore_fields(add: Callable[..., Any]) -> None:
+    """Add `--ignore-fields` to a command that reads a Hugging Face folder."""
+    add(
+        "--ignore-fields",
+        metavar="NAMES",
+        type=lambda text: tuple(filter(None, (name.strip() for name in text.split(",")))),
+        default=(),
+        help="fields of its config.json, with commas between them, that shardlm does not know and that change nothing",
+    )
 
 
 def convert(options: argparse.Namespace) -> int:
@@ -51,8 +70,12 @@ def convert(options: argparse.Namespace) -> int:
     check_target(options.target, options.overwrite)
     source = local_path(options.source, "SRC")
     if (source / "metadata.json").is_file() or not source.is_dir():
+        if options.ignore_fields:
+            raise ValueError(f"--ignore-fields is of a Hugging Face folder, and {source} is a checkpoint")
         what = _checkpoint(source, options, dtype)
     else:
+        if options.like is not None:
+            raise ValueError(f"--like is for a checkpoint, and {source} is a Hugging Face folder: its own files go out")
         what = _folder(source, options, None if dtype is None else legal[dtype])
     print(f"{what} from {options.source} to {options.target}")
     return 0
@@ -64,31 +87,35 @@ def _folder(source: Path, options: argparse.Namespace, dtype: np.dtype | None) -
     values = read_config(path)
     where = str(path / "config.json")
     family = family_of_file(values, where)
-    config = family.config(values, where)
+    config = family.config(values, where, options.ignore_fields)
     target = check_target(options.target, options.overwrite)
     if target == path:
         raise ValueError(f"{target} is what is read: give another folder")
     with Tensors(path) as files:
         names = match(config, family, files, str(path))
         wanted = one_dtype(files, names, str(path)) if dtype is None else dtype
+        broken: set[str] = set()
         outputs = [
-            Output(tensor.name, tensor.shape, wanted, _cast(files, names.found[tensor.name], wanted))
+            Output(tensor.name, tensor.shape, wanted, _cast(files, names.found[tensor.name], wanted, broken))
             for tensor in names.tensors
         ]
-        texts = {name: (path / name).read_bytes() for name in TEXT_FILES if (path / name).is_file()}
+        texts = text_files(path)
         # The file's own fields, whose meaning is known, and not ours: the length of training's context is in none.
         stated = values | {"architectures": [family.architectures[0]], "dtype": str(wanted), "torch_dtype": str(wanted)}
         write_folder(target, outputs, stated, texts, options.max_shard_size, verbose=True, overwrite=options.overwrite)
+    warn_of(broken, str(target), str(wanted), "was written")
     return f"{len(outputs)} tensors of a {family.model_type} in {wanted}"
 
 
-def _cast(files: Tensors, name: str, dtype: np.dtype) -> Callable[[], np.ndarray]:
+def _cast(files: Tensors, name: str, dtype: np.dtype, broken: set[str]) -> Callable[[], np.ndarray]:
     def make() -> np.ndarray:
         value = files.read(name)
         with np.errstate(over="ignore"):  # it is looked for
             cast = value.astype(dtype)
-        if dtype == np.float16 and not np.isfinite(cast).all():
-            raise ValueError(f"{name} has values beyond the 65504 of float16, or is not finite: use --dtype bf16")
+        if not all_finite(cast):
+            if dtype == np.float16 and value.dtype != np.float16:
+                raise ValueError(f"{name} has values beyond the 65504 of float16, or is not finite: use --dtype bf16")
+            broken.add(name)
         return cast
 
     return make
@@ -109,5 +136,6 @@ def _checkpoint(source: Path, options: argparse.Namespace, dtype: str | None) ->
     if dtype is not None:
         params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
         config = dataclasses.replace(config, param_dtype=dtype)
-    save_hf(options.target, config, params, None, options.max_shard_size, overwrite=options.overwrite)
+    overwrite, like = options.overwrite, options.like
+    save_hf(options.target, config, params, None, options.max_shard_size, overwrite=overwrite, like=like)
     return f"{program.num_parameters:,} parameters in {config.param_dtype}"

@@ -1,6 +1,7 @@
 """What Llama and all that are named after it have in common: fields of config.json, and names of tensors."""
 
 from shardlm.hub.fields import Field
+from shardlm.hub.kinds import FLAG, LAYERS, NUMBER, SIZE, SPREAD
 from shardlm.hub.table import Row
 
 _ATTENTION = "model.layers.{layer}.self_attn."
@@ -38,20 +39,20 @@ NORMS_AROUND = (
     Row("layers/mlp_after_norm/scale", "model.layers.{layer}.post_feedforward_layernorm.weight", "embed"),
 )
 
-ATTENTION_BIAS = Field("attention_bias", ("attention.bias", "attention.output_bias"), False)
+ATTENTION_BIAS = Field("attention_bias", ("attention.bias", "attention.output_bias"), FLAG, False)
 SIZES = (
-    Field("vocab_size", "vocab_size"),
-    Field("hidden_size", "d_model"),
-    Field("intermediate_size", "d_ff"),
-    Field("num_hidden_layers", "num_layers"),
-    Field("num_attention_heads", "num_heads"),
-    Field("initializer_range", "init_std", 0.02),
-    Field("rms_norm_eps", "norm.epsilon", 1e-6),
+    Field("vocab_size", "vocab_size", SIZE),
+    Field("hidden_size", "d_model", SIZE),
+    Field("intermediate_size", "d_ff", SIZE),
+    Field("num_hidden_layers", "num_layers", LAYERS),
+    Field("num_attention_heads", "num_heads", SIZE),
+    Field("initializer_range", "init_std", SPREAD, 0.02),
+    Field("rms_norm_eps", "norm.epsilon", NUMBER, 1e-6),
 )
 
 
 def fields(
-    *more: Field, tied: bool = False, head_dim: int | None = None, kv_heads: int | None = None
+    *more: Field, tied: bool = False, head_dim: int | None = None, kv_heads: int | None = None, null: bool = True
 ) -> tuple[Field, ...]:
     """`SIZES`, those whose value where absent differs from family to family, and `more`.
 
@@ -60,11 +61,12 @@ def fields(
         tied: whether the head is the embedding table where the file does not say.
         head_dim: where the file does not say; None is `hidden_size // num_attention_heads`.
         kv_heads: where the file does not say; None is `num_attention_heads`.
+        null: whether a file may have null for `kv_heads`, which is `num_attention_heads` then.
     """
     return (
         *SIZES,
-        Field("num_key_value_heads", "num_kv_heads", kv_heads),
-        Field("head_dim", "head_dim", head_dim),
-        Field("tie_word_embeddings", "tied", tied),
+        Field("num_key_value_heads", "num_kv_heads", SIZE, kv_heads, null=null),
+        Field("head_dim", "head_dim", SIZE, head_dim),
+        Field("tie_word_embeddings", "tied", FLAG, tied),
         *more,
     )

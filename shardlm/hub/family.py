@@ -1,14 +1,16 @@
 """A family of models: how its config.json and its tensors' names are those of a `TransformerConfig` and parameters."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from shardlm.hub.fields import Field, Fields, read_fields
+from shardlm.hub.kinds import TEXTS, Kind
 from shardlm.hub.table import Row
 from shardlm.models.config import MLP, Attention, Norm, Rope, TransformerConfig
 
+_ANY = Kind("", lambda value: True)
 _PARTS = {"attention": Attention, "mlp": MLP, "norm": Norm}
 
 
@@ -45,19 +47,24 @@ class Family:
     buffers: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
     even_width: bool = False
 
-    def config(self, values: Mapping[str, Any], where: str) -> TransformerConfig:
+    def config(self, values: Mapping[str, Any], where: str, ignore: Collection[str] = ()) -> TransformerConfig:
         """The configuration that a config.json describes, computing and stored in float32.
+
+        Args:
+            values: of the file.
+            where: what errors call it.
+            ignore: fields to be left out, as if the file did not have them.
 
         Raises:
             ValueError: it describes something that a `TransformerConfig` cannot, or says something unknown.
         """
-        fields = Fields(values, where)
-        stated = values.get("architectures") or []
+        fields = Fields(values, where, ignore)
+        stated = fields.take("architectures", TEXTS, [], null=True) or []
         if not set(stated) <= set(self.architectures):
             fields.refuse("architectures", f"a {self.model_type} here is one of {', '.join(self.architectures)}")
         ours = dict(self.fixed) | read_fields(self.fields, fields)
         for name, legal in self.must.items():
-            if fields.take(name, legal[0]) not in legal:
+            if fields.take(name, _ANY, legal[0]) not in legal:
                 fields.refuse(name, f"a {self.model_type} here has {' or '.join(map(repr, legal))}")
         ours |= self.read(fields, ours)
         fields.finish()
@@ -99,7 +106,7 @@ def canonical(config: TransformerConfig) -> TransformerConfig:
         windows=config.windows,
         implementation="xla",
     )
-    same = {"dropout": 0.0, "dtype": "float32", "param_dtype": "float32", "vocab_multiple": 1}
+    same = {"dropout": 0.0, "dtype": "float32", "param_dtype": "float32", "vocab_multiple": 1, "origin": None}
     if config.local_positions == config.positions or set(config.windows) == {None}:
         same["local_positions"] = None
     return dataclasses.replace(config, attention=attention, **same)

@@ -12,6 +12,7 @@ import numpy as np
 
 from shardlm.runtime.folders import recover
 from shardlm.runtime.paths import local_path
+from shardlm.runtime.strangers import inside, printable, read_small
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -40,6 +41,20 @@ def folder_of(path: str | os.PathLike) -> Path:
     return folder
 
 
+def find(folder: Path, name: str) -> Path | None:
+    """The plain file of this name, which may be a link, as in caches of Hugging Face; None where there is none.
+
+    Raises:
+        ValueError: there is a link that leads to nothing, or something that is no plain file.
+    """
+    if not os.path.lexists(folder / name):
+        return None
+    try:
+        return inside(folder, name, links=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{error}: fetch the model again") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A file that holds a JSON object.
 
@@ -47,9 +62,13 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: it does not.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(read_small(path.parent, path.name, links=True).decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path} is not JSON of a model: it is nested too deep") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not an object of names and values")
     return values
@@ -61,9 +80,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: there is none.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    path = find(folder, "config.json")
+    if path is None:
+        held = ", ".join(sorted(printable(entry.name) for entry in folder.iterdir())[:8]) or "nothing"
         raise ValueError(f"{folder} is no folder of a Hugging Face model: it has no config.json, but {held}")
     return read_json(path)
 
@@ -88,12 +107,13 @@ class Tensors:
         kinds: dict[str, str] = {}
         try:
             for name, told in _file_names(folder).items():
-                file = self._open.enter_context(_opened(folder / name))
+                file = self._open.enter_context(_opened(folder, name))
                 held = set(file.keys())
                 if told is not None and told != held:
                     examples = sorted(told ^ held)
                     raise ValueError(
-                        f"{folder / name} and {INDEX} disagree on {len(examples)} tensors: {', '.join(examples[:5])}"
+                        f"{folder / name} and {INDEX} disagree on {len(examples)} tensors: "
+                        f"{printable(', '.join(examples[:5]))}"
                     )
                 for tensor in held:
                     part = file.get_slice(tensor)
@@ -105,8 +125,8 @@ class Tensors:
         if unknown := sorted(set(kinds.values()) - set(DTYPES)):
             examples = [next(tensor for tensor, kind in kinds.items() if kind == name) for name in unknown]
             raise ValueError(
-                f"{folder}: tensors of dtype {', '.join(unknown)} (such as {', '.join(examples)}); shardlm reads "
-                f"{', '.join(DTYPES)}, no quantised weights"
+                f"{folder}: tensors of dtype {', '.join(unknown)} (such as {printable(', '.join(examples))}); shardlm "
+                f"reads {', '.join(DTYPES)}, no quantised weights"
             )
         self.dtypes = {tensor: DTYPES[kind] for tensor, kind in kinds.items()}
 
@@ -134,14 +154,20 @@ def import_safetensors() -> Any:
     return safetensors
 
 
-def _opened(path: Path) -> Any:
+def _opened(folder: Path, name: str) -> Any:
     safetensors = import_safetensors()
     try:
-        return safetensors.safe_open(path, "np")
+        path = inside(folder, name, links=True)
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing, which {INDEX} beside it names") from error
+        if (folder / name).is_symlink():
+            raise ValueError(f"{error}: fetch the model again") from error
+        raise ValueError(f"{folder / name} is missing, which {INDEX} beside it names") from error
+    except ValueError as error:
+        raise ValueError(f"{folder / INDEX} names a file that is not read: {error}") from error
+    try:
+        return safetensors.safe_open(path, "np")
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short: {error}. Fetch it again") from error
+        raise ValueError(f"{path} is damaged or cut short: {printable(error)}. Fetch it again") from error
 
 
 def _file_names(folder: Path) -> dict[str, set[str] | None]:
@@ -149,12 +175,12 @@ def _file_names(folder: Path) -> dict[str, set[str] | None]:
 
     With both an index and a file of all, that file is read, as transformers does.
     """
-    if (folder / SINGLE).is_file():
+    if find(folder, SINGLE) is not None:
         return {SINGLE: None}
-    index = folder / INDEX
-    if not index.is_file():
+    index = find(folder, INDEX)
+    if index is None:
         others = sorted(
-            p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors", ".gguf")
+            printable(p.name) for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors", ".gguf")
         )
         advice = (
             "; load them with transformers once, and save_pretrained(..., safe_serialization=True)"
@@ -167,4 +193,11 @@ def _file_names(folder: Path) -> dict[str, set[str] | None]:
     told = read_json(index).get("weight_map")
     if not isinstance(told, dict) or not told:
         raise ValueError(f"{index} has no weight_map, which says what file holds which tensor")
-    return {file: {name for name, where in told.items() if where == file} for file in sorted(set(told.values()))}
+    if wrong := next((name for name, file in told.items() if not isinstance(file, str)), None):
+        raise ValueError(
+            f"{index}: weight_map gives {printable(repr(told[wrong]))} for {printable(wrong)}, no file's name"
+        )
+    held: dict[str, set[str]] = {}
+    for name, file in told.items():
+        held.setdefault(file, set()).add(name)
+    return dict(sorted(held.items()))

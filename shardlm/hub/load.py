@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from shardlm.hub.files import Tensors, folder_of, read_config
+from shardlm.hub.finite import all_finite, warn_of
 from shardlm.hub.match import Names, match, one_dtype
+from shardlm.hub.origin import Origin
 from shardlm.hub.progress import Progress
 from shardlm.hub.registry import family_of_file
 from shardlm.hub.table import Placed, place
@@ -31,6 +34,7 @@ def load_hf(
     dtype: str | None = None,
     devices: Sequence[Any] | None = None,
     *,
+    ignore_fields: Collection[str] = (),
     verbose: bool = True,
 ) -> tuple[TransformerConfig, Parameters, HubTokenizer | None]:
     """Read a model that transformers saved: Llama, Mistral, Qwen 2 and 3, Gemma 1, 2 and 3 (text), GPT-2.
@@ -43,12 +47,20 @@ def load_hf(
         layout: where the parameters go, as a `Trainer`'s; default one device.
         dtype: of the parameters: "float32", "bfloat16", "float16" or "float64"; None is that of the files.
         devices: as of a `Trainer`: default all of `jax.devices()`, or the first one without a layout.
+        ignore_fields: names of fields of config.json that are left out, as if the file did not have them: of one that
+            shardlm does not know and that changes nothing. If the field does change something, the model read is
+            another one.
         verbose: show a progress bar, where the output is a terminal.
 
     Returns:
         The configuration, which computes and stores in the parameters' dtype (`dataclasses.replace` it to compute in
-        another), without dropout; the parameters, as `TrainState.params` on that layout; the tokenizer, or None where
-        the folder has no tokenizer.json.
+        another), without dropout; what the folder says besides is in its `origin`, and `save_hf` writes it again. The
+        parameters, as `TrainState.params` on that layout. The tokenizer, or None where the folder has no
+        tokenizer.json.
+
+    Warns:
+        UserWarning: weights are NaN or infinite; the folder's tokenizer is in another form than tokenizer.json; the
+            file says something that versions of transformers read differently.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -65,7 +77,8 @@ def load_hf(
     path = folder_of(folder)
     values = read_config(path)
     family = family_of_file(values, str(path / "config.json"))
-    config = family.config(values, str(path / "config.json"))
+    config = family.config(values, str(path / "config.json"), ignore_fields)
+    config = dataclasses.replace(config, origin=Origin.of_folder(path, values, ignore_fields).text())
     if devices is None:
         devices = jax.devices()[:1] if layout is None else jax.devices()
     layout = (layout or Layout()).resolve(count_devices(devices))
@@ -79,14 +92,54 @@ def load_hf(
         # Once more, with the padding of the vocabulary that this layout needs.
         parameters = {name: (split.shape, split.dims) for name, split in plan.in_order.items()}
         names = dataclasses.replace(names, placed=place(family.rows, parameters, config.vocab_size))
-        params = _read(path, files, names, shapes, flatten(plan.shardings("stored")), plan.stages.rows, verbose)
+        broken: set[str] = set()
+        shardings, rows = flatten(plan.shardings("stored")), plan.stages.rows
+        params = _read(path, _Reader(files, names, broken), shapes, shardings, rows, verbose)
+    warn_of(broken, str(path), config.param_dtype, "was read")
     return plan.config, params, read_tokenizer(path, values)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Parts of parameters from files.
+
+    Attributes:
+        files, names: see there.
+        broken: the tensors that were found to hold NaN or infinity.
+    """
+
+    files: Tensors
+    names: Names
+    broken: set[str]
+
+    def part(self, name: str, leaf: jax.ShapeDtypeStruct, index: Index, rows: np.ndarray) -> np.ndarray:
+        """Part of a parameter, from the tensors of its layers; `rows` as of `pipeline.stages`, which layer each is."""
+        where = self.names.placed[name]
+        if not where.row.stacked:
+            return self._layer(self.names.found[where.row.name], where, index, leaf.dtype)
+        layers, inner = rows[index[: rows.ndim]], index[rows.ndim :]
+        lengths = (len(range(*part.indices(n))) for part, n in zip(inner, leaf.shape[rows.ndim :], strict=True))
+        result = np.zeros((*layers.shape, *lengths), leaf.dtype)
+        for at, layer in np.ndenumerate(layers):
+            if layer >= 0:  # else padding of a stage that has fewer layers than another
+                tensor = self.names.found[where.row.name.format(layer=layer)]
+                result[at] = self._layer(tensor, where, inner, leaf.dtype)
+        return result
+
+    def _layer(self, tensor: str, where: Placed, index: Index, dtype: Any) -> np.ndarray:
+        part = where.read(self.files.reader(tensor), index, dtype)
+        if not all_finite(part):
+            if np.dtype(dtype) == np.float16 and self.files.dtypes[tensor] != np.float16:
+                raise ValueError(
+                    f"{tensor} has values beyond the 65504 of float16, or is not finite: use dtype='bfloat16'"
+                )
+            self.broken.add(tensor)
+        return part
 
 
 def _read(
     path: Path,
-    files: Tensors,
-    names: Names,
+    reader: _Reader,
     shapes: dict[str, jax.ShapeDtypeStruct],
     shardings: dict[str, NamedSharding],
     rows: np.ndarray,
@@ -106,35 +159,10 @@ def _read(
                 indices[key] = index or ()
             arrays = []
             for key, held_by in holders.items():
-                part = _part(files, names, name, leaf, indices[key], rows)
+                part = reader.part(name, leaf, indices[key], rows)
                 # A copy, as a step writes its result in the place of its parameters.
                 arrays += [jax.device_put(part, device, may_alias=False) for device in held_by]
                 jax.block_until_ready(arrays)
                 progress.advance(leaf.size * leaf.dtype.itemsize / len(holders))
             params[name] = jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
     return unflatten(params)
-
-
-def _part(
-    files: Tensors, names: Names, name: str, leaf: jax.ShapeDtypeStruct, index: Index, rows: np.ndarray
-) -> np.ndarray:
-    """Part of a parameter, from the tensors of its layers; `rows` as of `pipeline.stages`, which layer each is."""
-    where = names.placed[name]
-    if not where.row.stacked:
-        return _layer(files, names.found[where.row.name], where, index, leaf.dtype)
-    layers, inner = rows[index[: rows.ndim]], index[rows.ndim :]
-    lengths = (len(range(*part.indices(n))) for part, n in zip(inner, leaf.shape[rows.ndim :], strict=True))
-    result = np.zeros((*layers.shape, *lengths), leaf.dtype)
-    for at, layer in np.ndenumerate(layers):
-        if layer >= 0:  # else padding of a stage that has fewer layers than another
-            tensor = names.found[where.row.name.format(layer=layer)]
-            result[at] = _layer(files, tensor, where, inner, leaf.dtype)
-    return result
-
-
-def _layer(files: Tensors, tensor: str, where: Placed, index: Index, dtype: Any) -> np.ndarray:
-    part = where.read(files.reader(tensor), index, dtype)
-    narrower = np.dtype(dtype) == np.float16 and files.dtypes[tensor] != np.float16
-    if narrower and not np.isfinite(part).all():
-        raise ValueError(f"{tensor} has values beyond the 65504 of float16, or is not finite: use dtype='bfloat16'")
-    return part

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from shardlm.hub.files import Tensors
 from shardlm.hub.table import Placed, Tensor, place, tensors
 from shardlm.models.config import TransformerConfig
 from shardlm.models.transformer import parameter_dims
+from shardlm.runtime.strangers import printable
 from shardlm.train.engine import flatten
 
 _SHOWN = 12  # problems in one message
@@ -50,17 +52,21 @@ def match(config: TransformerConfig, family: Family, files: Tensors, where: str)
     Raises:
         ValueError: one is missing, has another shape, or is there and belongs to no parameter; all are listed.
     """
+    check_sizes(config, family, files, where)
     placed, wanted = expected(config, family)
     bare = not any(name.startswith(family.prefix) for name in files.shapes)
     found = {tensor.name: tensor.name.removeprefix(family.prefix) if bare else tensor.name for tensor in wanted}
     problems = []
+    embedding = placed["embedding/table"].row.name
+    if config.tied and found[embedding] not in files.shapes and HEAD in files.shapes:
+        found[embedding] = HEAD  # one table, which some programs store under this name
     for tensor in wanted:
         name = found[tensor.name]
         if name not in files.shapes:
             problems.append(f"{name} is missing, of shape {list(tensor.shape)}")
         elif files.shapes[name] != tensor.shape:
             problems.append(f"{name} has the shape {list(files.shapes[name])}; config.json says {list(tensor.shape)}")
-    table = found.get(placed["embedding/table"].row.name)
+    table = found[embedding]
     for name in sorted(set(files.shapes) - set(found.values())):
         if any(re.search(pattern, name) for pattern in family.buffers):
             continue
@@ -68,11 +74,44 @@ def match(config: TransformerConfig, family: Family, files: Tensors, where: str)
             if not _equal(files, name, table):
                 problems.append(f"{name} is not {table}, though config.json says tie_word_embeddings")
             continue
-        problems.append(f"{name}, of shape {list(files.shapes[name])}, belongs to no parameter of this model")
+        problems.append(
+            f"{printable(name)}, of shape {list(files.shapes[name])}, belongs to no parameter of this model"
+        )
     more = len(problems) - _SHOWN
     shown = problems[:_SHOWN] + ([f"and {more} more"] if more > 0 else [])
     raise_problems(f"the tensors of {where} are not those of the {family.model_type} that its config.json says", shown)
     return Names(placed, wanted, found)
+
+
+def check_sizes(config: TransformerConfig, family: Family, files: Tensors, where: str) -> None:
+    """Raise ValueError if config.json says a model that is far larger than what the files hold.
+
+    It takes no more time or memory than the files' own lists of tensors, whatever numbers are in config.json.
+    """
+    sizes = {"vocab": config.vocab_size, "embed": config.d_model, "mlp": config.d_ff, "head_dim": config.head_dim}
+    sizes |= {"head": config.num_heads, "kv_head": config.num_kv_heads}
+    rows = [row for row in family.rows if row.path.endswith("/kernel") or row.path == "embedding/table"]
+    needed, problems = 0, []
+    for row in rows:
+        shape = [prod(sizes[dim] for dim in group) for group in row.groups]
+        needed += prod(shape) * (config.num_layers if row.stacked else 1)
+        name = row.name.format(layer=0)
+        stored = files.shapes.get(name, files.shapes.get(name.removeprefix(family.prefix)))
+        shape[-1] *= row.part[1]
+        if stored is not None and list(stored) != shape:
+            problems.append(f"{name} has the shape {list(stored)}; config.json says {shape}")
+    if needed <= 2 * sum(map(prod, files.shapes.values())):
+        return  # what differs is listed tensor by tensor
+    numbers = [
+        int(found[1]) for name in files.shapes if (found := re.search(r"(?:^|\.)(?:h|layers)\.(\d{1,9})\.", name))
+    ]
+    held = 1 + max(numbers, default=-1)
+    if held != config.num_layers:
+        problems.insert(0, f"there are tensors of {held:,} layers; config.json says {config.num_layers:,}")
+    count = sum(map(prod, files.shapes.values()))
+    said = f"config.json says a {family.model_type} of {needed:,} parameters or more"
+    title = f"{where}: {said}, and the files hold {count:,}"
+    raise_problems(title, problems[:_SHOWN] or ["the tensors of most of it are missing"])
 
 
 def one_dtype(files: Tensors, names: Names, where: str) -> np.dtype:

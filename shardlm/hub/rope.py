@@ -5,12 +5,16 @@ dict for each. Old: `rope_theta`, and `rope_scaling` with the rest. Both are wri
 the new one would take its own default without a word.
 """
 
+import warnings
 from typing import Any
 
 from shardlm.hub.fields import Fields
+from shardlm.hub.kinds import NUMBER, OBJECT, SIZE, TEXTS
 from shardlm.models.config import LinearScaling, Llama3Scaling, Rope, TransformerConfig
+from shardlm.runtime.strangers import printable
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # what layer_types calls the layers
+SPELLINGS = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq")
 _LLAMA3 = {
     "factor": "factor",
     "low_freq_factor": "low_frequency_factor",
@@ -21,8 +25,8 @@ _LLAMA3 = {
 
 def read_rope(fields: Fields, theta: float = 10_000.0) -> Rope | None:
     """The rotary positions of all layers; `theta` is the base where the file names none. None: a problem was noted."""
-    new, old = fields.take("rope_parameters", None), fields.take("rope_scaling", None)
-    given = fields.take("rope_theta", None)
+    new, old = (fields.take(name, OBJECT, None, null=True) for name in ("rope_parameters", "rope_scaling"))
+    given = fields.take("rope_theta", NUMBER, None)
     if new and {FULL, SLIDING} & set(new):
         fields.refuse("rope_parameters", "layers of two kinds, which shardlm knows of Gemma 3 alone")
         return None
@@ -31,11 +35,25 @@ def read_rope(fields: Fields, theta: float = 10_000.0) -> Rope | None:
 
 def read_two_ropes(fields: Fields, theta: float, local_theta: float) -> tuple[Rope | None, Rope | None]:
     """The rotary positions of layers without a window, and with one."""
-    new, old = fields.take("rope_parameters", None) or {}, fields.take("rope_scaling", None)
-    given, given_local = fields.take("rope_theta", None), fields.take("rope_local_base_freq", None)
+    new, old = (fields.take(name, OBJECT, None, null=True) for name in ("rope_parameters", "rope_scaling"))
+    given, given_local = (fields.take(name, NUMBER, None) for name in ("rope_theta", "rope_local_base_freq"))
+    new = new or {}
     if unknown := sorted(set(new) - {FULL, SLIDING}):
-        fields.refuse("rope_parameters", f"{', '.join(unknown)} is no kind of layer; these are {FULL}, {SLIDING}")
+        named = printable(", ".join(unknown))
+        fields.refuse("rope_parameters", f"{named} is no kind of layer; these are {FULL}, {SLIDING}")
         return None, None
+    if any(not (new.get(kind) is None or OBJECT.fits(new[kind])) for kind in (FULL, SLIDING)):
+        fields.refuse("rope_parameters", f"for each kind of layer {OBJECT.said}")
+        return None, None
+    if old and "type" in old and "rope_type" not in old and not new.get(FULL):
+        # transformers 5 sets rope_type first, so that `type` is not looked at; transformers 4 took either.
+        warnings.warn(
+            f"{fields.where}: rope_scaling={printable(old)} has `type`, the old name of `rope_type`. In files of Gemma "
+            "3 transformers 5 does not read it and scales nothing, and shardlm does the same. transformers 4 did "
+            "scale: if the model was made for that, write rope_type into a copy of config.json",
+            stacklevel=2,
+        )
+        old = None
     return (
         _agreed(fields, [("rope_parameters", new.get(FULL)), ("rope_scaling", old)], given, theta),
         _agreed(fields, [("rope_parameters", new.get(SLIDING))], given_local, local_theta),
@@ -75,12 +93,14 @@ def read_layer_types(
     fields: Fields, window: int | None, default: tuple[str, ...], layers: int | None
 ) -> tuple[int | None, ...]:
     """The pattern of windows that `layer_types` says, or else `default`, a type for each layer."""
-    types = fields.take("layer_types", None)
+    types = fields.take("layer_types", TEXTS, None, null=True)
     types = default if types is None else tuple(types)
     if unknown := sorted(set(types) - {FULL, SLIDING}):
-        fields.refuse("layer_types", f"shardlm knows {FULL} and {SLIDING}, not {', '.join(unknown)}")
+        fields.refuse("layer_types", f"shardlm knows {FULL} and {SLIDING}, not {printable(', '.join(unknown))}")
         return (None,)
-    if layers is None or len(types) != layers:
+    if layers is None:  # which is a problem noted before
+        return (None,)
+    if len(types) != layers:
         fields.refuse("layer_types", f"{len(types)} types of {layers} layers")
         return (None,)
     if SLIDING in types and window is None:
@@ -124,7 +144,8 @@ def _agreed(fields: Fields, spellings: list[tuple[str, Any]], given: float | Non
     if None in ropes:
         return None
     if any(rope != ropes[0] for rope in ropes):
-        fields.refuse(found[0][0], f"{found[1][0]}={fields.values[found[1][0]]!r} says something else")
+        other = found[1][0]
+        fields.refuse(found[0][0], f"{other}={printable(repr(fields.values[other]))} says something else")
         return None
     if given is not None and ropes[0] is not None and ropes[0].theta != given:
         fields.refuse(found[0][0], f"but rope_theta or rope_local_base_freq is {given}")
@@ -134,27 +155,37 @@ def _agreed(fields: Fields, spellings: list[tuple[str, Any]], given: float | Non
 
 def _read(fields: Fields, name: str, values: dict[str, Any], given: float | None, default: float) -> Rope | None:
     values = {key: value for key, value in values.items() if value is not None}
-    kinds = {values.pop(key) for key in ("rope_type", "type") if key in values} or {"default"}
+    kinds = {str(values.pop(key)) for key in ("rope_type", "type") if key in values} or {"default"}
     theta = values.pop("rope_theta", default if given is None else given)
     if values.get("partial_rotary_factor") == 1:
         del values["partial_rotary_factor"]
-    kind = " and ".join(sorted(map(str, kinds)))
+    kind = " and ".join(sorted(kinds))
     needed = {"default": set(), "linear": {"factor"}, "llama3": set(_LLAMA3)}.get(kind)
     if needed is None:
-        fields.refuse(name, f"rope_type {kind!r}; shardlm knows default, linear, llama3")
+        fields.refuse(name, f"rope_type {printable(repr(kind))}; shardlm knows default, linear, llama3")
         return None
     if kind == "llama3" and "max_position_embeddings" in fields.values:  # as transformers does
         values.setdefault("original_max_position_embeddings", fields.values["max_position_embeddings"])
     if set(values) != needed:
         fields.refuse(
             name, f"rope_type {kind!r} has {', '.join(sorted(needed)) or 'no more values'}, and shardlm knows no "
-            f"meaning of {', '.join(sorted(set(values) - needed)) or 'their absence'}"
+            f"meaning of {printable(', '.join(sorted(set(values) - needed))) or 'their absence'}"
         )  # fmt: skip
+        return None
+    numbers = values | {"rope_theta": theta}
+    length = "original_max_position_embeddings"
+    wrong = [key for key, value in numbers.items() if not (SIZE if key == length else NUMBER).fits(value)]
+    if wrong:
+        told = ", ".join(f"{key} is {printable(repr(numbers[key]))}" for key in wrong)
+        fields.refuse(name, f"{told}; each must be a positive number, {length} an integer")
         return None
     scaling = None
     if kind == "linear":
         scaling = LinearScaling(factor=float(values["factor"]))
     elif kind == "llama3":
-        numbers = {ours: values[theirs] for theirs, ours in _LLAMA3.items()}
-        scaling = Llama3Scaling(**numbers)
+        try:
+            scaling = Llama3Scaling(**{ours: values[theirs] for theirs, ours in _LLAMA3.items()})
+        except ValueError as error:
+            fields.refuse(name, str(error))
+            return None
     return Rope(theta=float(theta), scaling=scaling)

@@ -10,13 +10,16 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from shardlm.hub.family import Family
-from shardlm.hub.fields import HARMLESS, raise_problems
-from shardlm.hub.files import DTYPES
+from shardlm.checkpoint.processes import is_first
+from shardlm.hub.fields import raise_problems
+from shardlm.hub.files import DTYPES, folder_of, read_config
+from shardlm.hub.finite import all_finite, warn_of
+from shardlm.hub.harmless import HARMLESS
 from shardlm.hub.match import expected
+from shardlm.hub.origin import Origin
 from shardlm.hub.registry import family_of_config
 from shardlm.hub.table import Placed, Tensor
-from shardlm.hub.tokenizer import token_ids, tokenizer_files
+from shardlm.hub.tokenizer import text_files, token_ids, tokenizer_files
 from shardlm.hub.write import Output, check_target, parse_size, write_folder
 from shardlm.layout import Axis
 from shardlm.models.config import TransformerConfig
@@ -36,9 +39,13 @@ def save_hf(
     overwrite: bool = False,
     family: str | None = None,
     fields: Mapping[str, Any] | None = None,
+    like: str | os.PathLike | None = None,
     verbose: bool = True,
 ) -> None:
     """Write a model so that transformers, and whoever reads its files, loads it.
+
+    What the folder said that the model was loaded from goes out again: the fields of config.json that no computation
+    needs, generation_config.json, and the tokenizer's files as they were. `config.origin` and the tokenizer carry it.
 
     The folder has its name once all is in it: a kill before that leaves nothing at `folder`, or what was there. The
     host holds one tensor of the files at a time. In a run of several processes all call this, and the first writes.
@@ -53,10 +60,16 @@ def save_hf(
         max_shard_size: bytes of tensors in a file, a number or text such as "5GB".
         overwrite: replace the model at `folder`. Anything else there is refused all the same.
         family: what to write it as: "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2";
-            None is the first of these that can say all of `config`.
+            None is that of the folder which the model was loaded from, or the first of these that can say all of
+            `config`.
         fields: more of config.json, of those that do not change what the model computes, such as
             `max_position_embeddings`.
+        like: a Hugging Face folder whose config.json, generation_config.json and, where no tokenizer is given, files of
+            its text go out with the model, in the place of what `config.origin` holds.
         verbose: show a progress bar, where the output is a terminal.
+
+    Warns:
+        UserWarning: parameters are NaN or infinite.
 
     Raises:
         ValueError: no family is this configuration, with the reasons; parameters that are missing, too many, or of a
@@ -70,27 +83,30 @@ def save_hf(
         raise ValueError(
             "save_hf: this model has adapters: merge them first (sl.merge_lora), or save them (sl.save_lora)"
         )
-    chosen = family_of_config(config, family)
+    origin, texts = Origin.of_config(config), {}
+    if like is not None:
+        path = folder_of(like)
+        origin, texts = Origin.of_folder(path, read_config(path)), text_files(path)
+    chosen = family_of_config(config, family, origin.values.get("model_type"))
     _check_params(config, params)
     more = dict(fields or {})
     if unknown := sorted(set(more) - set(HARMLESS)):
         raise ValueError(f"fields: {', '.join(unknown)} may change what the model computes, which config alone says")
     parse_size(max_shard_size)
-    texts = {} if tokenizer is None else tokenizer_files(tokenizer)
+    texts = (texts if tokenizer is None else tokenizer_files(tokenizer)) | origin.text_files(tokenizer)
     target = check_target(folder, overwrite)
     flat = flatten(params)
-    values = file_values(config, chosen, next(iter(flat.values())).dtype) | token_ids(tokenizer) | more
+    dtype = str(np.dtype(next(iter(flat.values())).dtype))
+    ids = {} if origin.is_of(tokenizer) else token_ids(tokenizer)
+    values = origin.config_values(config, chosen, dtype) | ids | more
     _, wanted = expected(config, chosen)
+    broken: set[str] = set()
     outputs = [
-        Output(tensor.name, tensor.shape, np.dtype(flat[tensor.parts[0][0]].dtype), _maker(tensor, flat))
+        Output(tensor.name, tensor.shape, np.dtype(flat[tensor.parts[0][0]].dtype), _maker(tensor, flat, broken))
         for tensor in wanted
     ]
     write_folder(target, outputs, values, texts, max_shard_size, verbose, overwrite=overwrite)
-
-
-def file_values(config: TransformerConfig, family: Family, dtype: Any) -> dict[str, Any]:
-    """The config.json of a model; of its dtype both the new name and the old."""
-    return family.values(config) | {"dtype": str(np.dtype(dtype)), "torch_dtype": str(np.dtype(dtype))}
+    warn_of(broken if is_first() else (), str(target), dtype, "was written")
 
 
 def _check_params(config: TransformerConfig, params: Mapping[str, Any]) -> None:
@@ -128,12 +144,15 @@ def _is_on_stages(leaf: Any) -> bool:
     )
 
 
-def _maker(tensor: Tensor, params: Mapping[str, Any]) -> Callable[[], np.ndarray]:
-    """What makes the tensor of the files from the parameters."""
+def _maker(tensor: Tensor, params: Mapping[str, Any], broken: set[str]) -> Callable[[], np.ndarray]:
+    """What makes the tensor of the files from the parameters, and adds its name to `broken` if it is not finite."""
 
     def make() -> np.ndarray:
         parts = [_part(where, params[path], tensor.layer) for path, where in tensor.parts]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        if is_first() and not all_finite(whole):
+            broken.add(tensor.name)
+        return whole
 
     return make
 

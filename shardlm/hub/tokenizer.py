@@ -1,13 +1,15 @@
 """The tokenizer of a Hugging Face folder, over the package tokenizers."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shardlm.hub.files import read_json
+from shardlm.hub.files import find, read_json
+from shardlm.runtime.strangers import printable, read_small
 
 # What belongs to the text of a model, and is copied with it as it is.
 TEXT_FILES = (
@@ -16,12 +18,18 @@ TEXT_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "tokenizer.model",
+    "tokenizer.model.v3",
+    "spiece.model",
+    "tekken.json",
     "chat_template.json",
     "chat_template.jinja",
     "generation_config.json",
 )
+# Tokenizers in other forms than the one that is read.
+_OTHERS = ("tokenizer.model", "tokenizer.model.v3", "spiece.model", "tekken.json", "vocab.json", "vocab.txt")
 
 
 class HubTokenizer:
@@ -32,9 +40,11 @@ class HubTokenizer:
         begin: the id that a text begins with (bos), None where there is none.
         ends: the ids that end one (eos); `end` is the first.
         settings: of tokenizer_config.json.
+        files: more files that belong to it, by name, as they were in the folder that it comes from, such as the chat
+            template; they are written with it.
 
     Attributes:
-        begin, ends, settings: as given.
+        begin, ends, settings, files: as given.
         end: the first of `ends`, None where there is none.
         vocab_size: one more than the largest id.
         definition: the JSON text that makes it again.
@@ -50,6 +60,7 @@ class HubTokenizer:
         begin: int | None = None,
         ends: Sequence[int] = (),
         settings: Mapping[str, Any] | None = None,
+        files: Mapping[str, str | bytes] | None = None,
     ):
         try:
             import tokenizers
@@ -59,7 +70,7 @@ class HubTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"not the JSON definition of a tokenizer: {error}") from error
-        self.definition, self.settings = definition, dict(settings or {})
+        self.definition, self.settings, self.files = definition, dict(settings or {}), dict(files or {})
         self.begin, self.ends = begin, tuple(ends)
         self.end = self.ends[0] if self.ends else None
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -76,36 +87,78 @@ class HubTokenizer:
         return f"HubTokenizer(vocab_size={self.vocab_size}, begin={self.begin}, ends={self.ends})"
 
 
+def text_files(folder: Path) -> dict[str, str | bytes]:
+    """The files of a folder that belong to its model's text, by name, as they are; bytes of what is no text.
+
+    Raises:
+        ValueError: one is a link to nothing, no plain file, or too large to be one of these.
+    """
+    found: dict[str, str | bytes] = {}
+    for name in TEXT_FILES:
+        if find(folder, name) is not None:
+            content = read_small(folder, name, links=True)
+            try:
+                found[name] = content.decode("utf-8")
+            except UnicodeDecodeError:
+                found[name] = content
+    return found
+
+
 def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> HubTokenizer | None:
-    """The tokenizer of a folder, None where it has no tokenizer.json.
+    """The tokenizer of a folder; None where it has no tokenizer.json, with a warning if it has one in another form.
 
     Which ids begin and end a text is said by tokenizer_config.json, generation_config.json and config.json, in this
     order; an id that ends a text there ends it here, whichever of them says so.
+
+    Raises:
+        ValueError: a file is not what its name says, or gives something for an id that is none.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    texts = text_files(folder)
+    definition = texts.pop("tokenizer.json", None)
+    if definition is None:
+        if others := [name for name in _OTHERS if name in texts]:
+            warnings.warn(
+                f"{folder} has {', '.join(others)} and no tokenizer.json, which alone is read: its tokenizer is None. "
+                "transformers makes the file: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)",
+                stacklevel=3,
+            )
         return None
-    extra = {name: folder / f"{name}.json" for name in ("tokenizer_config", "generation_config")}
-    found = {name: read_json(file) if file.is_file() else {} for name, file in extra.items()}
-    settings = found["tokenizer_config"]
+    path = folder / "tokenizer.json"
+    if not isinstance(definition, str):
+        raise ValueError(f"{path}: not the JSON definition of a tokenizer: it is not UTF-8")
     try:
-        bare = HubTokenizer(path.read_text(encoding="utf-8"))
+        bare = HubTokenizer(definition)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {printable(error)}") from error
+    names = ("tokenizer_config.json", "generation_config.json")
+    settings, generation = (read_json(folder / name) if name in texts else {} for name in names)
+    texts.pop(names[1], None)  # of the model: it is kept with its configuration
 
     def ids(kind: str) -> list[int]:
         token = settings.get(f"{kind}_token")
         token = token.get("content") if isinstance(token, Mapping) else token
+        if not isinstance(token, str | None):
+            raise ValueError(f"{folder / names[0]}: {kind}_token={printable(repr(token))}: it is a text")
         told = [bare._tokenizer.token_to_id(token) if token else None]
-        for values in (found["generation_config"], config):
-            value = values.get(f"{kind}_token_id")
-            told += value if isinstance(value, list) else [value]
-        return list(dict.fromkeys(value for value in told if value is not None))
+        for name, values in ((names[1], generation), ("config.json", config)):
+            field = f"{kind}_token_id"
+            value = values.get(field)
+            found = value if isinstance(value, list) else [value]
+            if wrong := [entry for entry in found if entry is not None and not _is_id(entry)]:
+                raise ValueError(
+                    f"{folder / name}: {field}={printable(repr(wrong[0]))}: it is an id, a list of ids or null"
+                )
+            told += found
+        return list(dict.fromkeys(value for value in told if value is not None and value >= 0))  # -1 stands for none
 
-    return HubTokenizer(bare.definition, next(iter(ids("bos")), None), ids("eos"), settings)
+    return HubTokenizer(definition, next(iter(ids("bos")), None), ids("eos"), settings, texts)
 
 
-def tokenizer_files(tokenizer: Any) -> dict[str, str]:
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value < 2**31
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, str | bytes]:
     """The files of a tokenizer, by name.
 
     Args:
@@ -115,7 +168,11 @@ def tokenizer_files(tokenizer: Any) -> dict[str, str]:
         TypeError: it is none of these.
     """
     if isinstance(tokenizer, HubTokenizer):
-        return {"tokenizer.json": tokenizer.definition, "tokenizer_config.json": _settings(tokenizer.settings)}
+        files: dict[str, str | bytes] = {"tokenizer.json": tokenizer.definition} | tokenizer.files
+        stored = files.get("tokenizer_config.json")
+        if stored is None or json.loads(stored) != tokenizer.settings:
+            files["tokenizer_config.json"] = _settings(tokenizer.settings)
+        return files
     try:
         import tokenizers
     except ImportError as error:

@@ -198,6 +198,8 @@ class TransformerConfig:
         init_std: standard deviation of initial weights; output projections get `init_std / sqrt(2 num_layers)`.
         dtype: computation; norms, softmax, loss and sums over devices stay in at least float32.
         param_dtype: storage.
+        origin: what the folder of Hugging Face that it was read from said besides, as a JSON text, for `sl.save_hf` to
+            write it again; it is no part of the model, and does not count where configurations are compared.
     """
 
     vocab_size: int
@@ -221,6 +223,7 @@ class TransformerConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     vocab_multiple: int = 128
+    origin: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         problems = [
@@ -262,6 +265,8 @@ class TransformerConfig:
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16", "float64", "float16"):
                 problems.append(f"{name}={getattr(self, name)!r}; it is one of float32, bfloat16, float16, float64")
+        if not isinstance(self.origin, str | None):
+            problems.append(f"origin is {type(self.origin).__name__}; it is a text, or None")
         _raise("TransformerConfig", problems)
 
     def lora_of(self, target: str) -> Lora | None:
@@ -313,7 +318,10 @@ _PARTS = {
 def _to_dict(part: Any) -> Any:
     if type(part).__name__ not in _PARTS:
         return list(part) if isinstance(part, tuple) else part
-    return {"type": type(part).__name__} | {f.name: _to_dict(getattr(part, f.name)) for f in fields(part)}
+    values = {f.name: _to_dict(getattr(part, f.name)) for f in fields(part)}
+    if values.get("origin", "") is None:  # of most, and versions before it do not know the name
+        del values["origin"]
+    return {"type": type(part).__name__} | values
 
 
 def _from_dict(value: Any) -> Any:

@@ -202,6 +202,7 @@ class TransformerProgram:
         changed = {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
         legal = {key: changed.pop(key) for key in _MAY_CHANGE if key in changed}
         changed.pop("vocab_multiple", None)  # padding follows the layout
+        changed.pop("origin", None)  # is no part of the model
         if changed:
             differences = "; ".join(f"{key}: {a!r} there, {b!r} here" for key, (a, b) in changed.items())
             raise ValueError(f"the checkpoint of {where} is of another model: {differences}")

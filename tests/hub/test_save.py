@@ -143,7 +143,7 @@ def test_fields_and_family_are_written_as_asked(tmp_path):
 def test_old_versions_of_transformers_find_what_they_look_for(tmp_path):
     """One that knows no rope_parameters would take its own theta, and say nothing."""
     for name, expected in {
-        "llama3": {"rope_theta": 100.0, "max_position_embeddings": 256},
+        "llama3": {"rope_theta": 100.0, "max_position_embeddings": 128},
         "gemma3": {
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,

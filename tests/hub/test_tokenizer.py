@@ -1,5 +1,6 @@
 """A folder's tokenizer comes with the model and goes with it, with the ids that begin and end a text."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -68,11 +69,13 @@ def test_it_goes_with_the_model(folder, tmp_path):
     _, _, again = load(tmp_path / "a")
     assert (again.definition, again.begin, again.ends) == (tokenizer.definition, 0, (1, 2))
     assert json.loads((tmp_path / "a/tokenizer_config.json").read_text())["model_max_length"] == 77
-    assert json.loads((tmp_path / "a/config.json").read_text())["eos_token_id"] == [1, 2]
+    assert json.loads((tmp_path / "a/config.json").read_text())["eos_token_id"] == 2  # as it came in
     sl.save_hf(tmp_path / "b", config, params, make())
     assert load(tmp_path / "b")[2].encode("not").tolist() == [5]
+    values = json.loads((tmp_path / "b/config.json").read_text())
+    assert [values[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")] == [None] * 3  # of that one, which has none
     # Without one, no ids of the family's own vocabulary are left to be taken.
-    sl.save_hf(tmp_path / "c", config, params)
+    sl.save_hf(tmp_path / "c", dataclasses.replace(config, origin=None), params)
     values = json.loads((tmp_path / "c/config.json").read_text())
     assert [values[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")] == [None] * 3
 

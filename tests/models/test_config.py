@@ -26,6 +26,7 @@ EVERYTHING = TransformerConfig(
     positions=Rope(theta=5e5, scaling=Llama3Scaling(factor=32.0)),
     local_positions=Rope(theta=2e4, scaling=LinearScaling(factor=8.0)),
     lora=Lora(rank=3, alpha=7.0, targets=("up", "key")), dtype="bfloat16", param_dtype="float64", vocab_multiple=16,
+    origin="{}",
     **SIZES,
 )  # fmt: skip
 
@@ -173,7 +174,7 @@ def test_a_configuration_cannot_be_changed_and_is_checked_when_varied():
 )
 def test_a_configuration_survives_json(c):
     read = TransformerConfig.from_dict(json.loads(json.dumps(c.to_dict())))
-    assert read == c and hash(read) == hash(c)
+    assert read == c and hash(read) == hash(c) and read.origin == c.origin
     assert read.attention.windows == c.attention.windows and isinstance(read.attention.windows, tuple)
     assert read != dataclasses.replace(c, num_layers=4)
 

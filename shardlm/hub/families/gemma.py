@@ -24,7 +24,7 @@ def read(file: Fields, ours: dict[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     model_type="gemma",
     architectures=("GemmaForCausalLM", "GemmaModel"),
-    fields=fields(ATTENTION_BIAS, tied=True, head_dim=256, kv_heads=16),
+    fields=fields(ATTENTION_BIAS, tied=True, head_dim=256, kv_heads=16, null=False),
     fixed=GEMMA,
     # The released files say gelu, and mean the tanh approximation, as transformers knows; hidden_activation came later.
     must={"hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": ("gelu_pytorch_tanh", None)},

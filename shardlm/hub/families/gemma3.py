@@ -5,26 +5,20 @@ from typing import Any
 
 from shardlm.hub.decoder import ATTENTION_BIAS, DECODER, NORMS_AROUND, fields
 from shardlm.hub.families.gemma import GEMMA, embedding_scale
-from shardlm.hub.families.gemma2 import LOGIT_CAP, QUERY_SCALE
+from shardlm.hub.families.gemma2 import LOGIT_CAP, QUERY_SCALE, WINDOW, write_windows
 from shardlm.hub.family import Family
 from shardlm.hub.fields import Field, Fields
-from shardlm.hub.rope import (
-    FULL,
-    SLIDING,
-    layer_types,
-    one_window,
-    read_layer_types,
-    read_two_ropes,
-    rope_of,
-    write_two_ropes,
-)
+from shardlm.hub.kinds import NUMBER, SIZE
+from shardlm.hub.rope import FULL, SLIDING, read_layer_types, read_two_ropes, rope_of, write_two_ropes
 from shardlm.models.config import TransformerConfig
 
 
 def read(file: Fields, ours: dict[str, Any]) -> dict[str, Any]:
     """Both kinds of rotary positions, windows and the scale of the embeddings."""
-    window, layers = file.take("sliding_window", 4096), ours["num_layers"]
-    pattern = file.take("sliding_window_pattern", file.take("_sliding_window_pattern", 6))
+    window, layers = file.take("sliding_window", SIZE, WINDOW, null=True), ours["num_layers"]
+    pattern = file.take("sliding_window_pattern", SIZE, 6)
+    if file.take("_sliding_window_pattern", SIZE, pattern) != pattern and "layer_types" not in file.values:
+        file.refuse("_sliding_window_pattern", f"transformers reads sliding_window_pattern, which is {pattern}")
     types = tuple(SLIDING if (i + 1) % pattern else FULL for i in range(layers or 0))
     windows = read_layer_types(file, window, types, layers)
     rope, local = read_two_ropes(file, 1_000_000.0, 10_000.0)
@@ -35,15 +29,20 @@ def read(file: Fields, ours: dict[str, Any]) -> dict[str, Any]:
 def write(config: TransformerConfig) -> dict[str, Any]:
     """Both kinds of rotary positions, and windows."""
     rope = rope_of(config)
-    windows = {"sliding_window": one_window(config.windows), "layer_types": layer_types(config.windows)}
-    return write_two_ropes(rope, config.local_positions or rope) | windows
+    return write_two_ropes(rope, config.local_positions or rope) | write_windows(config.windows)
 
 
 FAMILY = Family(
     model_type="gemma3_text",
     architectures=("Gemma3ForCausalLM", "Gemma3TextModel"),
     fields=fields(
-        ATTENTION_BIAS, QUERY_SCALE, Field(LOGIT_CAP, "logit_soft_cap", None), tied=True, head_dim=256, kv_heads=4
+        ATTENTION_BIAS,
+        QUERY_SCALE,
+        Field(LOGIT_CAP, "logit_soft_cap", NUMBER, None),
+        tied=True,
+        head_dim=256,
+        kv_heads=4,
+        null=False,
     ),
     fixed=GEMMA | {"norm.after": True, "attention.qk_norm": True},
     must={

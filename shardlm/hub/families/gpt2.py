@@ -5,6 +5,7 @@ from typing import Any
 
 from shardlm.hub.family import Family
 from shardlm.hub.fields import Field, Fields, activation
+from shardlm.hub.kinds import FLAG, LAYERS, NUMBER, SIZE, SPREAD
 from shardlm.hub.table import Row
 from shardlm.models.config import LearnedPositions, TransformerConfig
 
@@ -37,10 +38,11 @@ ROWS = (
 
 
 def read(file: Fields, ours: dict[str, Any]) -> dict[str, Any]:
-    """Learned positions, of which n_ctx is an older name."""
-    length = file.take("n_positions", 1024)
-    if file.take("n_ctx", length) != length:
-        file.refuse("n_ctx", f"n_positions={length} says something else")
+    """Learned positions, of which n_ctx is an older name, and max_position_embeddings transformers' general one."""
+    length = file.take("n_positions", SIZE, file.take("max_position_embeddings", SIZE, 1024))
+    for name in ("n_ctx", "max_position_embeddings"):
+        if file.take(name, SIZE, length) != length:
+            file.refuse(name, f"n_positions={length} says something else")
     return {"positions": LearnedPositions(length=length)}
 
 
@@ -54,14 +56,14 @@ FAMILY = Family(
     model_type="gpt2",
     architectures=("GPT2LMHeadModel", "GPT2Model"),
     fields=(
-        Field("vocab_size", "vocab_size"),
-        Field("n_embd", "d_model"),
-        Field("n_inner", "d_ff", None),
-        Field("n_layer", "num_layers"),
-        Field("n_head", "num_heads"),
-        Field("initializer_range", "init_std", 0.02),
-        Field("layer_norm_epsilon", "norm.epsilon", 1e-5),
-        Field("tie_word_embeddings", "tied", True),
+        Field("vocab_size", "vocab_size", SIZE),
+        Field("n_embd", "d_model", SIZE, alias="hidden_size"),
+        Field("n_inner", "d_ff", SIZE, None),
+        Field("n_layer", "num_layers", LAYERS, alias="num_hidden_layers"),
+        Field("n_head", "num_heads", SIZE, alias="num_attention_heads"),
+        Field("initializer_range", "init_std", SPREAD, 0.02),
+        Field("layer_norm_epsilon", "norm.epsilon", NUMBER, 1e-5),
+        Field("tie_word_embeddings", "tied", FLAG, True),
         activation("activation_function", default="gelu_new", tanh="gelu_new"),
     ),
     fixed={

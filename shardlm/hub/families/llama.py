@@ -5,6 +5,7 @@ from typing import Any
 from shardlm.hub.decoder import ATTENTION_BIAS, DECODER, NORM_BEFORE, fields
 from shardlm.hub.family import Family
 from shardlm.hub.fields import Field, Fields, activation
+from shardlm.hub.kinds import FLAG
 from shardlm.hub.rope import read_rope, rope_of, trained_length, write_rope
 from shardlm.models.config import TransformerConfig
 
@@ -22,8 +23,8 @@ def write(config: TransformerConfig) -> dict[str, Any]:
 
 FAMILY = Family(
     model_type="llama",
-    architectures=("LlamaForCausalLM", "LlamaModel"),
-    fields=fields(activation("hidden_act", default="silu"), ATTENTION_BIAS, Field("mlp_bias", "mlp.bias", False)),
+    architectures=("LlamaForCausalLM", "LlamaModel", "LLaMAForCausalLM"),
+    fields=fields(activation("hidden_act", default="silu"), ATTENTION_BIAS, Field("mlp_bias", "mlp.bias", FLAG, False)),
     read=read,
     write=write,
     rows=DECODER + NORM_BEFORE,

@@ -6,15 +6,20 @@ from typing import Any
 from shardlm.hub.decoder import DECODER, NORM_BEFORE, fields
 from shardlm.hub.family import Family
 from shardlm.hub.fields import Fields, activation
+from shardlm.hub.kinds import FLAG, INDEX, SIZE
 from shardlm.hub.rope import FULL, SLIDING, layer_types, one_window, read_layer_types, read_rope, rope_of, write_rope
 from shardlm.models.config import TransformerConfig
 
 
 def read(file: Fields, ours: dict[str, Any]) -> dict[str, Any]:
     """Rotary positions and windows."""
-    window, first, layers = file.take("sliding_window", 4096), file.take("max_window_layers", 28), ours["num_layers"]
-    if not file.take("use_sliding_window", False):
+    window, layers = file.take("sliding_window", SIZE, 4096, null=True), ours["num_layers"]
+    first = file.take("max_window_layers", INDEX, 28, null=True)
+    if not file.take("use_sliding_window", FLAG, False, null=True):
         window = None
+    if window is not None and first is None and "layer_types" not in file.values:
+        file.refuse("max_window_layers", "use_sliding_window needs it")
+    first = layers if first is None else first
     types = tuple(SLIDING if window is not None and i >= first else FULL for i in range(layers or 0))
     return {"positions": read_rope(file), "attention.windows": read_layer_types(file, window, types, layers)}
 
