@@ -1,6 +1,6 @@
 """The fields of a config.json: each is read once, and one that nobody read is an error unless known to be harmless."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,18 +59,29 @@ NOTHING_AT = {
 
 
 class Fields:
-    """The fields of one config.json, of which every one is to be read.
+    """The fields of one config.json, or of another such file, of which every one is to be read.
 
     Args:
         values: what the file holds.
         where: what errors call it.
+        harmless: names of fields that change nothing.
+        nothing_at: fields that change nothing at these values, and what they mean at others.
+        what: what of ours has no such thing, in errors.
 
     Attributes:
         problems: what was found wrong so far; `finish` raises it all at once.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str):
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        where: str,
+        harmless: Collection[str] = HARMLESS,
+        nothing_at: Mapping[str, tuple[tuple[Any, ...], str]] = NOTHING_AT,
+        what: str = "shardlm's Transformer has",
+    ):
         self.values, self.where = dict(values), where
+        self._harmless, self._nothing_at, self._what = harmless, nothing_at, what
         self.problems: list[str] = []
         self._read: set[str] = set()
 
@@ -88,10 +99,10 @@ class Fields:
 
     def finish(self) -> None:
         """Raise ValueError for all that was found wrong, and for every field that nobody read."""
-        for name, (legal, meaning) in NOTHING_AT.items():
+        for name, (legal, meaning) in self._nothing_at.items():
             if name in self.values and name not in self._read and self.values[name] not in legal:
-                self.refuse(name, f"{meaning}, which shardlm's Transformer has not; it may be {_listed(legal)}")
-        for name in sorted(set(self.values) - self._read - set(HARMLESS) - set(NOTHING_AT)):
+                self.refuse(name, f"{meaning}, which {self._what} not; it may be {_listed(legal)}")
+        for name in sorted(set(self.values) - self._read - set(self._harmless) - set(self._nothing_at)):
             self.refuse(
                 name, "shardlm does not know this field, which may change what the model computes. If it does not, "
                 "remove it from the file"
