@@ -60,7 +60,7 @@ def make(name: str, folder: Path, seed: int = 0) -> None:
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if ".lora_" in path:
-                parameter.copy_(torch.from_numpy(0.3 * rng.standard_normal(tuple(parameter.shape))))
+                parameter.copy_(torch.from_numpy(0.15 * rng.standard_normal(tuple(parameter.shape))))
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
