@@ -21,20 +21,33 @@ ACTIVATIONS = {
 
 
 class Fields:
-    """The fields of one config.json, of which every one is to be read.
+    """The fields of one config.json, or of another such file, of which every one is to be read.
 
     Args:
         values: what the file holds.
         where: what errors call it.
         ignore: names of fields that are left out, as if the file did not have them.
+        harmless: names of fields that change nothing.
+        nothing_at: fields that change nothing at these values, and what they mean at others.
+        what: what of ours has no such thing, in errors.
 
     Attributes:
         values: without those.
         problems: what was found wrong so far; `finish` raises it all at once.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str, ignore: Collection[str] = ()):
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        where: str,
+        ignore: Collection[str] = (),
+        *,
+        harmless: Collection[str] = HARMLESS,
+        nothing_at: Mapping[str, tuple[Any, str]] = NOTHING_AT,
+        what: str = "shardlm's Transformer has",
+    ):
         self.values, self.where = {name: value for name, value in values.items() if name not in ignore}, where
+        self._harmless, self._nothing_at, self._what = harmless, nothing_at, what
         self.problems: list[str] = []
         self._read: set[str] = set()
         if absent := sorted(map(str, set(ignore) - set(values))):
@@ -70,12 +83,11 @@ class Fields:
 
     def finish(self) -> None:
         """Raise ValueError for all that was found wrong, and for every field that nobody read."""
-        for name in NOTHING_AT:
-            if name in self.values and name not in self._read and not is_nothing(name, self.values[name]):
-                legal, meaning = NOTHING_AT[name]
+        for name, (legal, meaning) in self._nothing_at.items():
+            if name in self.values and name not in self._read and not is_nothing(legal, self.values[name]):
                 may_be = "" if callable(legal) else f"; it may be {_listed(legal)}"
-                self.refuse(name, f"{meaning}, which shardlm's Transformer has not{may_be}")
-        unread = set(self.values) - self._read - set(HARMLESS) - set(NOTHING_AT)
+                self.refuse(name, f"{meaning}, which {self._what} not{may_be}")
+        unread = set(self.values) - self._read - set(self._harmless) - set(self._nothing_at)
         unknown = sorted(name for name in unread if self.values[name] is not None)  # null says nothing
         for name in unknown:
             self.refuse(name, "shardlm does not know this field, which may change what the model computes")

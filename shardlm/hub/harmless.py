@@ -99,10 +99,9 @@ NOTHING_AT: Mapping[str, tuple[tuple[Any, ...] | Callable[[Any], bool], str]] = 
 }
 
 
-def is_nothing(name: str, value: Any) -> bool:
-    """Whether a field of `NOTHING_AT` changes nothing at this value."""
-    legal = NOTHING_AT[name][0]
+def is_nothing(legal: Any, value: Any) -> bool:
+    """Whether a field changes nothing at this value, by what stands for it in a table such as `NOTHING_AT`."""
     if callable(legal):
-        return legal(value)
+        return bool(legal(value))
     # True is not 1 here, though Python says they are equal.
     return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in legal)

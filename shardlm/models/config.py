@@ -152,11 +152,14 @@ class Lora:
         rank: columns of A.
         alpha: the product is multiplied by `alpha / rank`.
         targets: which projections of each layer: of "query", "key", "value", "output", "gate", "up", "down".
+        base: name or folder of the model that the adapters are for, as `sl.load_lora` reads and `sl.save_lora` writes
+            it; nothing that is computed depends on it.
     """
 
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ("query", "value")
+    base: str | None = None
 
     def __post_init__(self):
         problems = [] if _positive(self.rank) else [f"rank={self.rank!r}; it is a positive integer"]
@@ -168,6 +171,8 @@ class Lora:
             problems.append(f"targets has {', '.join(map(repr, twice))} more than once")
         if not named:
             problems.append(f"targets={self.targets!r}; it is a non-empty tuple, of {', '.join(TARGETS)}")
+        if not isinstance(self.base, str | None):
+            problems.append(f"base={self.base!r}; it is a string or None")
         _raise("Lora", problems)
 
     @property
