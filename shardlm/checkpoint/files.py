@@ -13,6 +13,7 @@ from .mapping import rounds, sources
 from .processes import errors_of_all, exchange
 from .record import STATE, absolute, damaged, is_checkpoint, known_steps, parse_array, read_record
 from .rows import Rows, changes
+from .used_up import check_usable
 from .write import Write, checked, flatten
 
 
@@ -111,6 +112,7 @@ def restore(
         padded_rows,
         arranged,
     )
+    check_usable([abstract[name] for name in kept])
     if problems := sorted([*problems, *(_with_source(line, pairs) for line in different)]):
         lines = [f"the checkpoint {path} is of another model or optimizer than the target:", *problems]
         raise ValueError(

@@ -17,6 +17,7 @@ from .digest import as_text, start
 from .hashes import digest_files, names_in
 from .processes import SaveError, barrier, errors_of_all, is_first
 from .record import FORMAT, STATE, describe_array, write_record
+from .used_up import check_usable
 
 UNFINISHED, REMOVED = ".saving", ".removed"  # what a folder's name ends in while it is written, while it is deleted
 
@@ -184,6 +185,7 @@ def flatten(state: Any) -> tuple[dict[str, Any], Any]:
 def checked(state: Any, metadata: dict | None) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """The arrays to save and what to say of them; raises what `save` raises for a state or metadata that cannot be."""
     arrays, _ = flatten(state)
+    check_usable(state)
     for name, leaf in arrays.items():
         if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             kind = f"{type(leaf).__name__} {getattr(leaf, 'dtype', '')}".strip()

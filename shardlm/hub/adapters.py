@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from shardlm._arguments import check_usable
 from shardlm.hub.files import import_safetensors, read_json
 from shardlm.hub.registry import family_of_config
 from shardlm.hub.table import Row
@@ -62,6 +63,7 @@ def save_lora(
     lora = config.lora
     if lora is None:
         raise ValueError("save_lora: this model has no adapters: config.lora is None")
+    check_usable(params, "save_lora")
     flat, tensors, problems = flatten(params), {}, []
     for target, row in _rows(config, lora.targets):
         path = row.path.rsplit("/", 1)[0]

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from shardlm._arguments import check_usable
 from shardlm.hub.family import Family
 from shardlm.hub.fields import HARMLESS, raise_problems
 from shardlm.hub.files import DTYPES
@@ -71,6 +72,7 @@ def save_hf(
             "save_hf: this model has adapters: merge them first (sl.merge_lora), or save them (sl.save_lora)"
         )
     chosen = family_of_config(config, family)
+    check_usable(params, "save_hf")
     _check_params(config, params)
     more = dict(fields or {})
     if unknown := sorted(set(more) - set(HARMLESS)):

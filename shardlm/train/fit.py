@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from shardlm._arguments import is_used_up
 from shardlm.checkpoint import Checkpoints, SaveError
 from shardlm.runtime.preemption import Preempted, Preemption
 from shardlm.runtime.watch import Watch
 from shardlm.train import resume, saving, together
-from shardlm.train import state as states
 from shardlm.train.interrupt import uninterrupted
 from shardlm.train.metrics import peak_flops
 from shardlm.train.progress import Progress
@@ -258,7 +258,7 @@ class _Loop:
         if self.saver is None or self.saver.has(step):
             return
         with self._untimed(), uninterrupted(), self.watch.phase("save", step):
-            if wrong := _non_finite(self.state):
+            if wrong := _non_finite(self.trainer, self.state):
                 raise self._stop(step, f"{', '.join(wrong[:5])} not finite after the update")
             evaluated, loss = self.held_out
             loss = loss if evaluated == step and math.isfinite(loss) else None
@@ -288,7 +288,7 @@ class _Loop:
         if self.saver is None or self.done == start or isinstance(error, NonFiniteLoss | SaveError | Preempted):
             return
         # Saving takes all processes, at the same step; and a step that failed half-way has used up its state.
-        if jax.process_count() > 1 or states.is_used_up(self.state):
+        if jax.process_count() > 1 or is_used_up(self.state):
             return
         with uninterrupted():
             try:
@@ -314,14 +314,14 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _non_finite(state: TrainState) -> list[str]:
+def _non_finite(trainer: "Trainer", state: TrainState) -> list[str]:
     """Paths of parameters that are not all finite, and of optimizer state with NaN: infinity may be meant there."""
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     }
-    good = jax.device_get(_are_good(leaves))
+    good = jax.device_get(together.run(trainer, _are_good, leaves))
     return [path for path in leaves if not good[path]]
 
 

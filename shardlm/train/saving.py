@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from shardlm.checkpoint import Checkpoints, DamagedCheckpoint, SaveError
+from shardlm.runtime.saved import tell_saved
 from shardlm.train import resume
 from shardlm.train.state import TrainState
 
@@ -89,7 +90,9 @@ class Saver:
         """Return when what was started is saved. Raises SaveError if it is not."""
         started, self._started = self._started, None
         self.checkpoints.wait()
-        self.saved = self.saved if started is None else started
+        if started is not None:
+            self.saved = started
+            tell_saved(started)
 
     def finish(self, step: int, state: TrainState, metadata: dict[str, Any], loss: float | None) -> None:
         """Save the last state of a run, once more if that fails.

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from shardlm._arguments import seed_of
 from shardlm.inspect import Hardware, Report
 from shardlm.inspect.program import bytes_per_device
 from shardlm.layout import Layout
@@ -132,7 +133,7 @@ class Trainer:
     def _hold(self, program: Program, optimizer: optax.GradientTransformation | None, seed: int) -> None:
         plan: Any = program.plan  # of our own kind, or of a module's
         self.program, self.plan, self.layout, self.mesh = program, plan, plan.layout, plan.mesh
-        self.engine, self.seed = program.engine, seed
+        self.engine, self.seed = program.engine, seed_of(seed)
         self.optimizer = adamw(3e-4, steps=1000) if optimizer is None else optimizer
         self.abstract_state = states.abstract(program, self.optimizer)
 
@@ -357,15 +358,7 @@ class Trainer:
         return fit(self, batches, steps, state, options)
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a compiled function; on several CPU devices, return when its result is there.
-
-        On XLA:CPU several programs in flight may wait for ever: their collectives block threads of one small pool.
-        """
-        together.check_program(self, function, arguments)
-        result = function(*arguments)
-        if self.mesh.size > 1 and self.first_device.platform == "cpu":
-            jax.block_until_ready(result)
-        return result
+        return together.run(self, function, *arguments)
 
     @cached_property
     def step_function(self) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:

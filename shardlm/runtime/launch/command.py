@@ -37,7 +37,8 @@ def add(commands: Any) -> None:
     add("--processes", type=_positive, default=None, help="how many (default 1, or the most of --elastic)")
     add("--devices-per-process", type=_positive, help="fake CPU devices, or accelerators, of each (default: on a CPU "
         "1; of several processes on accelerators each takes one)")  # fmt: skip
-    add("--restarts", type=_count, default=3, help="how often to start again (default %(default)s)")
+    add("--restarts", type=_count, default=3, help="how often to start again without a new "
+        "checkpoint in between (default %(default)s)")  # fmt: skip
     add("--elastic", type=_range, metavar="MIN:MAX", help="begin with MAX processes, and start again on as many fewer "
         "as were lost, down to MIN; let one size of the layout be -1")  # fmt: skip
     add("--backoff", type=float, default=1.0, help="seconds before the first restart, doubled for each (default 1)")
