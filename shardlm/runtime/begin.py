@@ -38,12 +38,14 @@ def begin(what: str, function: Any, arguments: tuple[Any, ...], facts: Callable[
         return
     first = function not in _begun
     given = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(arguments[1:])
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        or f"argument {number}": f"{leaf.dtype}{list(leaf.shape)}"
+        for number, argument in enumerate(arguments[1:], 1)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(argument)
     }
     detail = "" if first else f"with shapes that it has not had before: {_listed(given)}"
     traced = function.trace(*arguments)
-    compared = {**facts(), **{f"argument {name}": text for name, text in given.items()}}
+    compared = {**facts(), **{f"shape of {name}": text for name, text in given.items()}}
     agree(what, compared | {PROGRAM: words(traced.jaxpr)}, detail=detail, limit=FIRST if first else AGAIN)
     traced.lower().compile()  # the call that follows finds it
     agree(what, {}, detail="it has been compiled here", limit=FIRST)

@@ -1,7 +1,7 @@
 """The checkpoints of `fit`: the newest good one to start from, and saves that may fail without ending the run."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardlm.checkpoint import Checkpoints, DamagedCheckpoint, SaveError
@@ -17,21 +17,29 @@ class CheckpointWarning(UserWarning):
     """A checkpoint was damaged, or could not be saved, and the run goes on without it."""
 
 
-def newest_good(trainer: "Trainer", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any], list[str]]:
-    """The newest checkpoint that is whole, its metadata, and lines that say what resuming changes.
+def newest_good(
+    trainer: "Trainer", checkpoints: Checkpoints, run: Mapping[str, Any], accept_changes: bool
+) -> tuple[TrainState, dict[str, Any], resume.Resumption]:
+    """The newest checkpoint that is whole, its metadata, and what resuming changes.
+
+    Args:
+        trainer, checkpoints: of the run.
+        run: `run_record.describe_run` of it.
+        accept_changes: whether to go on where the batches are others.
 
     Damaged ones that are newer are renamed, with a warning.
 
     Raises:
         DamagedCheckpoint: there is none that is whole.
-        ValueError: the newest whole one is of another model.
+        ValueError: the newest whole one is of another model, or of other batches.
     """
     damaged: list[tuple[int, DamagedCheckpoint]] = []
     for step in reversed(checkpoints.steps()):
         where = f"{checkpoints.directory}, step {step}"
         try:
             metadata = checkpoints.metadata(step)
-            lines = resume.changes(trainer, metadata, where)
+            resumption = resume.changes(trainer, metadata, run, where)
+            resumption.check(accept_changes)
             state = checkpoints.restore(step, trainer)
         except DamagedCheckpoint as error:
             damaged.append((step, error))
@@ -43,8 +51,8 @@ def newest_good(trainer: "Trainer", checkpoints: Checkpoints) -> tuple[TrainStat
                 name = str(second)
             text = f"{error}. {name} The run goes on from step {step}"
             warnings.warn(text, CheckpointWarning, stacklevel=2)
-            lines.append(text)
-        return state, metadata, lines
+            resumption.lines.append(text)
+        return state, metadata, resumption
     raise DamagedCheckpoint(
         "\n  ".join([f"no checkpoint in {checkpoints.directory} is whole:", *(str(error) for _, error in damaged)])
         + "\nTo start anew, choose another checkpoint_dir or remove this one"
