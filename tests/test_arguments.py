@@ -246,3 +246,18 @@ def test_data_of_two_parts_is_not_one_of_them(trainer):
 def test_a_choice_of_fit_is_true_or_false(trainer, name, value):
     with pytest.raises(ValueError, match=f"fit: {name}=.*; it is True or False"):
         trainer.fit([make_batch()], 1, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["keep", "keep_every", "keep_best", "checkpoint_every", "log_every", "evaluate_every"])
+@pytest.mark.parametrize("value", [0, -1, True, 2.5, "3", math.nan])
+def test_a_count_of_fit_is_one(trainer, tmp_path, name, value):
+    options = {"checkpoint_dir": tmp_path, "held_out": [make_batch()], "evaluate_every": 1, "checkpoint_every": 1}
+    with pytest.raises(ValueError, match=f"{name}="):
+        trainer.fit([make_batch()], 1, **options | {name: value})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("steps", [0, -1, True, 2.5, "3", None, math.nan])
+def test_a_number_of_steps_is_one(trainer, steps):
+    with pytest.raises(ValueError, match=r"fit: steps=.*; it is the number of updates of the whole run, at least 1"):
+        trainer.fit([make_batch()], steps)

@@ -47,9 +47,14 @@ def begin(what: str, function: Any, arguments: tuple[Any, ...], facts: Callable[
     traced = function.trace(*arguments)
     compared = {**facts(), **{f"shape of {name}": text for name, text in given.items()}}
     agree(what, compared | {PROGRAM: words(traced.jaxpr)}, detail=detail, limit=FIRST if first else AGAIN)
-    traced.lower().compile()  # the call that follows finds it
+    compiled(traced)
     agree(what, {}, detail="it has been compiled here", limit=FIRST)
     _begun.setdefault(function, set()).add(shapes)
+
+
+def compiled(traced: Any) -> None:
+    """Compile a traced function; the call that follows finds it."""
+    traced.lower().compile()
 
 
 def _listed(given: Mapping[str, str]) -> str:

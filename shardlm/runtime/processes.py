@@ -67,16 +67,17 @@ def initialize(
     if devices_per_process is not None and (problem := not_integer("devices_per_process", devices_per_process, 1)):
         raise ValueError(f"initialize: {problem}")
     devices = devices_per_process or clusters.integer(os.environ, clusters.DEVICES, 0)
+    wait = _seconds(timeout, "SHARDLM_TIMEOUT", TIMEOUT)
+    beat = _seconds(heartbeat, "SHARDLM_HEARTBEAT", HEARTBEAT)
     if jax.distributed.is_initialized():
         return
     if place is None and _on_tpu_slice():
-        _connect(heartbeat_timeout_seconds=_seconds(heartbeat, "SHARDLM_HEARTBEAT", HEARTBEAT))
+        _connect(heartbeat_timeout_seconds=beat)
         return
     if devices:
         fake_devices(devices)
     if place is None or place.count == 1:
         return
-    wait = _seconds(timeout, "SHARDLM_TIMEOUT", TIMEOUT)
     meeting.meet(place.coordinator, place.count, place.index, identity.identity(), wait)
     _connect(
         coordinator_address=place.coordinator,
@@ -85,7 +86,7 @@ def initialize(
         local_device_ids=_local_devices(place, devices),
         cluster_detection_method="deactivate",
         initialization_timeout=wait,
-        heartbeat_timeout_seconds=_seconds(heartbeat, "SHARDLM_HEARTBEAT", HEARTBEAT),
+        heartbeat_timeout_seconds=beat,
         coordinator_bind_address=meeting.bind_address(place.coordinator),
     )
 

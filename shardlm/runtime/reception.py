@@ -102,6 +102,7 @@ class Reception:
         try:
             connection, address = self._server.accept()
         except OSError:  # it has gone again, or there are too many open files: others may yet go
+            time.sleep(0.01)
             return
         connection.setblocking(False)
         silent = [visitor for visitor in self._visitors if visitor.hello is None]

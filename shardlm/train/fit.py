@@ -26,7 +26,7 @@ from shardlm.train.left import leave
 from shardlm.train.metrics import peak_flops
 from shardlm.train.progress import Progress
 from shardlm.train.run_record import batches_of, describe_run
-from shardlm.train.state import TrainState
+from shardlm.train.state import TrainState, check_usable
 from shardlm.train.used import Used, check_source
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
                 "another checkpoint_dir"
             )
         state, metadata, resumption = saving.newest_good(trainer, checkpoints, run, options.accept_changes)
-    state = trainer.init() if state is None else state
+    if state is None:
+        state = trainer.init()
+    check_usable(state, trainer.abstract_state)
     start = int(state.step)
     log_dir = options.log_dir or directory
     with Progress(
@@ -211,6 +213,7 @@ class _Loop:
         try:
             self.state, metrics = self.trainer.step(self.state, batch)
             self.done = step
+            self.used.made(batch)
         except (TypeError, ValueError) as error:
             error.add_note(f"This is the batch of step {step}.")
             raise

@@ -128,7 +128,7 @@ def _optimizers(before: Any, now: Any, metadata: Mapping[str, Any]) -> list[str]
     """A line where the optimizer computes something else: its numbers, of which those of a schedule follow `steps`."""
     if not before or not now:
         return ["  whether the optimizer's settings are the same is not known"]
-    if before["digest"] == now["digest"]:
+    if all(before.get(name) == now[name] for name in ("digest", "start")):
         return []
     lost, new = ([n for n in a["numbers"] if n not in b["numbers"]] for a, b in ((before, now), (now, before)))
     versions = metadata.get("versions", {})
@@ -136,7 +136,8 @@ def _optimizers(before: Any, now: Any, metadata: Mapping[str, Any]) -> list[str]
     if other and not lost and not new:
         return []  # another way to write the same
     numbers = f": {', '.join(lost) or 'no number'} was in it, and {', '.join(new) or 'no other'} is now"
-    return [f"  optimizer computes something else (rates, decays, or the steps of a schedule){numbers}"]
+    kept = "" if before.get("start") == now["start"] else ". What its state holds stays as it was saved"
+    return [f"  optimizer computes something else (rates, decays, or the steps of a schedule){numbers}{kept}"]
 
 
 def compare_shapes(before: Any, now: Mapping[str, Any], first: int, resumption: Resumption) -> None:

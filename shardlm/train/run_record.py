@@ -57,7 +57,9 @@ def digest_of(batch: Any) -> str | None:
 
 
 def optimizer_of(trainer: "Trainer") -> dict[str, Any] | None:
-    """A digest of what the optimizer computes, and the numbers in it: its rates, decays and the steps of its schedule.
+    """Digests of what the optimizer computes and of what its state begins with, and the numbers in them.
+
+    Those are its rates, its decays and the steps of its schedule.
 
     Optax's transformations are functions, which do not say their settings. Tracing an update shows them: every number
     that was given is a literal in it. The parameters that it is traced on have the model's names and 2 in every dim, so
@@ -74,16 +76,22 @@ def _traced(trainer: "Trainer") -> dict[str, Any] | None:
     small = unflatten({path: jax.ShapeDtypeStruct((2,) * dims[path], x.dtype) for path, x in leaves.items()})
     try:
         state = jax.eval_shape(trainer.optimizer.init, small)
+        begun = jax.make_jaxpr(trainer.optimizer.init)(small)
         traced = jax.make_jaxpr(trainer.optimizer.update)(small, state, small)
     except Exception:  # whatever an optimizer of others does not like about them
         return None
-    text = re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr))
+    texts = [re.sub(r"0x[0-9a-f]+", "", str(program.jaxpr)) for program in (begun, traced)]
     # Once as given and once as rounded to float32: the same to six digits.
-    numbers = sorted({f"{abs(float(number)):.6g}" for number in _NUMBER.findall(text)}, key=float)
-    digest = hashlib.sha256(json.dumps([sorted(Counter(re.findall(r"[\w.+-]+", text)).items())]).encode())
-    for constant in traced.consts:
+    numbers = sorted({f"{abs(float(number)):.6g}" for text in texts for number in _NUMBER.findall(text)}, key=float)
+    return {"digest": _digest(traced, texts[1]), "start": _digest(begun, texts[0]), "numbers": numbers}
+
+
+def _digest(program: Any, text: str) -> str:
+    """A digest of a traced program's words, whatever order sets are printed in, and of its arrays."""
+    digest = hashlib.sha256(json.dumps(sorted(Counter(re.findall(r"[\w.+-]+", text)).items())).encode())
+    for constant in program.consts:
         digest.update(np.asarray(constant).tobytes())
-    return {"digest": digest.hexdigest()[:32], "numbers": numbers}
+    return digest.hexdigest()[:32]
 
 
 def _held_out(held_out: Any) -> str | None:

@@ -51,7 +51,7 @@ class Used:
         return stream
 
     def take(self, trainer: "Trainer", step: int, batch: Any) -> None:
-        """Count a batch, which `step` is about to use.
+        """Look at a batch, which `step` is about to use; `made` counts it.
 
         Raises:
             ValueError: it is the first after a resumption, and of another number of rows.
@@ -70,7 +70,10 @@ class Used:
             resume.compare_shapes(self._resumption.saved.get("batch"), self._shape[1], step, self._resumption)
             self._resumption.check(self._accepted)
             self._tell()
-        if self._rows is not None:
+
+    def made(self, batch: Any) -> None:
+        """Count a batch, which a step has used."""
+        if self._rows is not None and self._shape is not None:
             self._rows += next(iter(self._shape[1].values()))[0]
         self._last = batch
 
