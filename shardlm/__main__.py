@@ -97,6 +97,7 @@ def train(options: argparse.Namespace) -> int:
         evaluate_every=options.evaluate_every if held_out else None,
         log_dir=options.log_dir,
         tensorboard=options.tensorboard,
+        accept_changes=options.accept_changes,
     )
     if held_out and data.held_out is not None:
         kind = next(iter(data.counts["train"]))
@@ -300,6 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--learning-rate", type=_at_least(0, float), default=3e-3, help="peak of warm-up and cosine")
     add("--seed", type=int, default=0, help="of parameters, dropout, order of batches and the sample")
     add("--checkpoint-dir", help="save here, and resume from here if there is something, on any layout")
+    add("--accept-changes", action="store_true", help="resume although the data, their order or --sequence are others")
     add("--checkpoint-every", type=size, default=100, help="steps")
     add("--keep", type=size, default=3, help="newest checkpoints that stay")
     add("--keep-every", type=size, help="checkpoints of steps that this divides stay too")

@@ -20,7 +20,7 @@ MAX_LINES = 400
 # Layers from left to right. A file may import its own layer and every layer to the left of it; layers in one pair of
 # parentheses do not import each other. The last two are the command line and see everything.
 ORDER = (
-    ("_errors",),
+    ("_errors", "_arguments"),
     ("_layout_table", "_placement", "_rules_table", "_pipeline"),  # what layout.py and rules.py print, hold and place
     ("layout",),
     ("dims",),
@@ -38,6 +38,7 @@ ORDER = (
 )
 INDEPENDENT = {"data", "checkpoint"}  # import nothing of shardlm, whatever stands to their left
 FOR_ALL = {  # import nothing of shardlm but each other, and every layer may import them
+    "shardlm._arguments",
     "shardlm.runtime.strangers",
     "shardlm.runtime.paths",
     "shardlm.runtime.claims",

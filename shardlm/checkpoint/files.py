@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from shardlm._arguments import check_usable
 from shardlm.runtime.folders import recover, sweep
 from shardlm.runtime.strangers import printable
 
@@ -134,6 +135,7 @@ def restore(
         padded_rows,
         arranged,
     )
+    check_usable([abstract[name] for name in kept])
     if problems := sorted([*problems, *(_with_source(line, pairs) for line in different)]):
         lines = [f"the checkpoint {path} is of another model or optimizer than the target:"]
         lines += [printable(line, 1000) for line in problems]

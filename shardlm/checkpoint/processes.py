@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 
 _SLOWEST = 3_600_000  # milliseconds that a process waits for the others' writes
 _barriers = itertools.count()  # the same number on all processes, which pass the same barriers
+_exchanges = itertools.count()  # likewise; other threads than the main one pass barriers, and exchange nothing
 
 
 class SaveError(RuntimeError):
@@ -31,6 +32,8 @@ def exchange(value: Any) -> list[Any]:
     """What each process gives, by process; all call it, from the main thread. A value is what JSON can hold."""
     if jax.process_count() == 1:
         return [value]
+    # However late one is: a collective gives CPUs 30 s to come together.
+    ocp.multihost.get_barrier_sync_fn()(key=f"shardlm:exchange:{next(_exchanges)}", timeout_ms=_SLOWEST)
     said = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(said.size)).ravel()
     padded = np.zeros(sizes.max(), np.uint8)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,12 @@ class Retention:
     keep_best: int | None = None
 
     def __post_init__(self):
-        if self.keep is not None and self.keep < 1:
-            raise ValueError(f"keep={self.keep}: expected how many checkpoints stay, at least 1, or None for all")
+        if self.keep is not None and not _is_count(self.keep):
+            raise ValueError(f"keep={self.keep!r}: expected how many checkpoints stay, at least 1, or None for all")
         for name, what in (("keep_every", "a number of steps"), ("keep_best", "how many checkpoints of lowest loss")):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected {what}, at least 1, or None")
+            if value is not None and not _is_count(value):
+                raise ValueError(f"{name}={value!r}: expected {what}, at least 1, or None")
 
     def surplus(self, losses: Mapping[int, float | None]) -> list[int]:
         """The steps to remove, ascending.
@@ -41,3 +43,7 @@ class Retention:
             ranked = sorted((loss, -step) for step, loss in losses.items() if loss is not None)  # ties: the newer
             stay |= {-step for _, step in ranked[: self.keep_best]}
         return sorted(losses.keys() - stay)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1

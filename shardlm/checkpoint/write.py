@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from shardlm._arguments import check_usable
 from shardlm.runtime.folders import NEW, Work
 
 from .digest import as_text, start
@@ -200,6 +201,7 @@ def flatten(state: Any) -> tuple[dict[str, Any], Any]:
 def checked(state: Any, metadata: dict | None) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """The arrays to save and what to say of them; raises what `save` raises for a state or metadata that cannot be."""
     arrays, _ = flatten(state)
+    check_usable(state)
     for name, leaf in arrays.items():
         if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             kind = f"{type(leaf).__name__} {getattr(leaf, 'dtype', '')}".strip()

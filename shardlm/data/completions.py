@@ -13,13 +13,17 @@ segment of its own, and padding. They are put in longest first, each into the fu
 from __future__ import annotations
 
 import bisect
+import hashlib
 import os
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, SupportsIndex
 
 import numpy as np
 
+from shardlm.data.apart import check_apart
+from shardlm.data.arguments import positive
 from shardlm.data.encoder import Encoder
 from shardlm.data.examples import Example, read_examples
 from shardlm.data.loader import Batches, Epoch, TextData
@@ -54,8 +58,7 @@ class Completions:
     def __init__(
         self, examples: Sequence[Example], sequence: int, encoder: Encoder, too_long: str | None = None
     ) -> None:
-        if sequence < 1:
-            raise ValueError(f"sequence must be at least 1 token per row, got {sequence}")
+        sequence = positive("sequence", sequence, "token per row")
         if too_long not in TOO_LONG:
             raise ValueError(f"too_long={too_long!r}; it is one of {', '.join(map(repr, TOO_LONG))}")
         self.sequence, self._end, self._begins = sequence, encoder.end, encoder.begin is not None
@@ -84,6 +87,14 @@ class Completions:
         """Examples, their pairs, those of them that are learned, rows, and what was done to examples too long."""
         sizes = {"examples": len(self._starts), "tokens": self.tokens, "learned": self.learned, "rows": len(self)}
         return sizes | {name: n for name, n in self._lost.items() if n}
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of the examples, what of them is learned, and how rows are made of them."""
+        digest = hashlib.sha256(f"{self._end} {self._begins} {self._rows}\n".encode())
+        for array in (self._ids, self._learned, self._starts):
+            digest.update(array.tobytes())
+        return digest.hexdigest()[:32]
 
     def __len__(self) -> int:
         """Returns the number of rows."""
@@ -186,6 +197,7 @@ def load_examples(
         train, held = ([examples[int(document.text)] for document in side] for side in sides)
     else:
         train, held = examples, read_examples(held_out)
+        check_apart([e.text for e in train], [e.text for e in held], "examples", (path, held_out))
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, (example.text for example in train), cache)
     encoder = Encoder.of(tokenizer, end, begin)

@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from shardlm.data.apart import check_once
+
 _SHOWN = 5
 _FORMS = 'a line is {"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 _ROLES = ("system", "user", "assistant")
@@ -76,8 +78,8 @@ def read_examples(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
       The examples of all lines that are not empty.
 
     Raises:
-      ValueError: a file is missing, not UTF-8 or without an example; or lines are no examples, all counted in one
-        error that names the first of them.
+      ValueError: a file is missing, given twice (by a link too), not UTF-8 or without an example; or lines are no
+        examples, all counted in one error that names the first of them.
 
     Example:
       >>> read_examples("questions.jsonl")[0].pieces  # doctest: +SKIP
@@ -86,6 +88,7 @@ def read_examples(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
     files = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise ValueError(f"no such file: {', '.join(missing)}")
+    check_once(files, hard_links=True)
     if not files:
         raise ValueError("no examples: the list of files is empty; pass at least one file of JSON lines")
     examples: list[Example] = []

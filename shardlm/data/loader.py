@@ -11,11 +11,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import SupportsIndex, cast
+from typing import Any, SupportsIndex, cast
 
 import grain
 import numpy as np
 
+from shardlm.data.apart import check_apart
+from shardlm.data.arguments import positive, whole
 from shardlm.data.packing import Packed, Rows
 from shardlm.data.text import Document, read_documents, split_documents, standard_library
 from shardlm.data.tokens import DEFAULT_CACHE, Tokenizer, make_tokenizer
@@ -48,6 +50,7 @@ class Batches:
     """
 
     def __init__(self, packed: Rows, batch_size: int, seed: int = 0, rows: slice | range | None = None) -> None:
+        batch_size, seed = positive("batch_size", batch_size, "row"), whole("seed", seed)
         self.rows = _resolve(rows, batch_size)
         if batch_size > len(packed):
             raise ValueError(
@@ -58,9 +61,19 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         # Grain shuffles epoch e with seed + e. Hashing keeps seed 1 from being seed 0 one epoch later.
-        shuffle_seed = int.from_bytes(hashlib.sha256(str(operator.index(seed)).encode()).digest()[:4])
+        shuffle_seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4])
         dataset = grain.MapDataset.source(packed).shuffle(shuffle_seed).repeat()
         self._shuffled = cast("Sequence[Batch]", dataset)  # Grain's type allows for filtered rows, which are None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides these batches, for a checkpoint: two that are equal in it give the same rows in one order.
+
+        `batch_size`, `seed`, `sequence`, `rows` of an epoch, and `digest` of their content, where the rows have one.
+        """
+        digest = getattr(self.packed, "digest", None)
+        sizes = {"batch_size": self.batch_size, "seed": self.seed, "sequence": int(self.packed.sequence)}
+        return sizes | {"rows": len(self.packed), "digest": digest}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -69,8 +82,7 @@ class Batches:
 
     def __getitem__(self, step: SupportsIndex) -> Batch:
         """Returns the batch of a step, 0 or more, as arrays [len(rows), sequence] named as in `Packed.__getitem__`."""
-        first = _checked_step(step) * self.batch_size
-        return _stack(self._shuffled[first + row] for row in self.rows)
+        return self._from(_checked_step(step) * self.batch_size)
 
     def __iter__(self) -> Generator[Batch, None, None]:
         return self.iterate()
@@ -80,9 +92,20 @@ class Batches:
 
         The thread lives from the first batch until the generator is closed or collected; `ahead` is at least 1 batch.
         """
-        if ahead < 1:
-            raise ValueError(f"ahead must be at least 1 batch, got {ahead}")
-        return _prefetched(self.__getitem__, itertools.count(_checked_step(start)), ahead)
+        return self.from_row(_checked_step(start) * self.batch_size, ahead)
+
+    def from_row(self, row: SupportsIndex, ahead: int = 2) -> Generator[Batch, None, None]:
+        """The same from a row on, counted over all epochs: what a run goes on with after so many rows.
+
+        A run that has used 12 rows in batches of 4 goes on with `from_row(12)`, in batches of any size.
+        """
+        if (row := operator.index(row)) < 0:
+            raise ValueError(f"row must be 0 or more, got {row}")
+        ahead = positive("ahead", ahead, "batch")
+        return _prefetched(self._from, itertools.count(row, self.batch_size), ahead)
+
+    def _from(self, first: int) -> Batch:
+        return _stack(self._shuffled[first + row] for row in self.rows)
 
 
 class Epoch:
@@ -100,6 +123,7 @@ class Epoch:
     """
 
     def __init__(self, packed: Rows, batch_size: int, rows: slice | range | None = None) -> None:
+        batch_size = positive("batch_size", batch_size, "row")
         self.rows = _resolve(rows, batch_size)
         self.packed = packed
         self.batch_size = batch_size
@@ -177,7 +201,7 @@ def load(
 
     Raises:
       ValueError: a path is missing or holds no text, the documents cannot be split, the tokenizer is unknown, or
-        the text is too short for one batch.
+        the text is too short for one batch; a file, or a document's text, is given twice.
 
     Example:
       >>> data = load([Document("a", "to be or not to be"), Document("b", "that is")], sequence=4, batch_size=2)
@@ -189,6 +213,7 @@ def load(
         train, held = split_documents(documents, float(held_out))
     else:
         train, held = documents, _documents(held_out)
+        check_apart([d.text for d in train], [d.text for d in held], "documents", (path, held_out))
     tokenizer = make_tokenizer(tokenizer, (document.text for document in train), cache)
 
     def pack(part: Sequence[Document]) -> Packed:
@@ -210,15 +235,13 @@ def _documents(source: Source) -> list[Document]:
 
 
 def _resolve(rows: slice | range | None, batch_size: int) -> range:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1 row, got {batch_size}")
-    whole = range(batch_size)
-    chosen = whole if rows is None else rows
-    if isinstance(chosen, slice):  # not whole[rows], which would clip in silence
+    every = range(batch_size)
+    chosen = every if rows is None else rows
+    if isinstance(chosen, slice):  # not every[rows], which would clip in silence
         chosen = range(chosen.start or 0, batch_size if chosen.stop is None else chosen.stop, chosen.step or 1)
     if not isinstance(chosen, range):
         raise TypeError(f"rows must be a slice, a range or None, got {type(rows).__name__}")
-    if len(chosen) == 0 or chosen[0] not in whole or chosen[-1] not in whole:
+    if len(chosen) == 0 or chosen[0] not in every or chosen[-1] not in every:
         raise ValueError(f"rows={rows} must be one or more of the rows of the global batch, 0 to {batch_size - 1}")
     return chosen
 

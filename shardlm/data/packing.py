@@ -12,12 +12,16 @@ flat stream.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Protocol, SupportsIndex
 
 import numpy as np
+
+from shardlm.data.arguments import positive
 
 
 class Rows(Protocol):
@@ -81,9 +85,7 @@ class Packed:
     def __init__(
         self, documents: Iterable[Sequence[int] | np.ndarray], sequence: int, *, vocab_size: int, end: int
     ) -> None:
-        sequence = operator.index(sequence)
-        if sequence < 1:
-            raise ValueError(f"sequence must be at least 1 token per row, got {sequence}")
+        sequence = positive("sequence", sequence, "token per row")
         if not 0 <= end < vocab_size:
             raise ValueError(f"end={end} is not a token id: it must be in 0 <= end < vocab_size={vocab_size}")
         dtype = np.uint16 if vocab_size <= 2**16 else np.int32
@@ -101,6 +103,14 @@ class Packed:
         self.sequence = sequence
         self.documents = len(parts)
         self.tokens = len(self._stream) - 1
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of the documents' tokens, whatever the rows' length."""
+        digest = hashlib.sha256(f"{self._stream.dtype} {self._end}\n".encode())
+        digest.update(self._stream.tobytes())
+        digest.update(self._starts.tobytes())
+        return digest.hexdigest()[:32]
 
     def __len__(self) -> int:
         """Returns the number of rows."""
@@ -168,6 +178,8 @@ def row_of_padding(sequence: int, end: int) -> dict[str, np.ndarray]:
 
 
 def _checked(tokens: Sequence[int] | np.ndarray, document: int, vocab_size: int, end: int) -> np.ndarray:
+    if isinstance(tokens, np.ma.MaskedArray):
+        raise ValueError(f"document {document} is a masked array, whose mask is not read: give the tokens that stay")
     tokens = np.asarray(tokens, np.int32 if len(tokens) == 0 else None)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(

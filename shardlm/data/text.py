@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from shardlm.data.apart import check_once
 from shardlm.runtime.paths import local_path
 
 _EXCLUDE = frozenset({"__pycache__"})
@@ -89,8 +90,7 @@ def read_documents(
         for file in _walk(path, exclude) if path.is_dir() else [path]:
             wanted = file == path or fnmatch.fnmatchcase(file.name, pattern)
             (files if wanted else others)[file] += 1
-    if twice := sorted(str(file) for file, count in files.items() if count > 1):
-        raise ValueError(f"{len(twice)} file(s) would be read twice: {_shorten(twice)}; name each file or folder once")
+    check_once(files.elements(), hard_links=False)
 
     documents, undecodable, named = [], [], set(given)
     for file in files:

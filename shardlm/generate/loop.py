@@ -19,6 +19,7 @@ from jax import Array
 from shardlm.generate import sampling
 from shardlm.generate.model import ShardedModel
 from shardlm.models.cache import Cache
+from shardlm.runtime.begin import begin, spans_processes
 from shardlm.train.engine import Parameters
 
 STEPS = 64  # the most tokens of a row that one call of `decode` makes
@@ -231,8 +232,10 @@ class Programs:
 
         XLA's CPU backend may stand still when programs with collectives overlap.
         """
-        result = function(*arguments)
         mesh: Any = self.model.plan.mesh
+        if spans_processes(mesh) and hasattr(function, "trace"):
+            begin("generate", function, arguments, lambda: {"model": repr(self.model.config)})
+        result = function(*arguments)
         if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
             jax.block_until_ready(result)
         return result

@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from shardlm._arguments import check_usable
 from shardlm._errors import LayoutError
 from shardlm.layout import Layout
 from shardlm.models.cache import Cache, kinds_of
@@ -100,6 +101,7 @@ class ShardedModel:
             ValueError: they are not those of `config`.
         """
         require_devices(self.plan.mesh)
+        check_usable(params)
         given, expected = _named(params), flatten(self.plan.shapes)
         problems = [f"{path} is missing" for path in expected if path not in given]
         problems += [f"{path} is not of the model" for path in given if path not in expected]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from shardlm._arguments import check_usable
 from shardlm.hub.adapter_config import Adapted, read_adapter_config
 from shardlm.hub.adapter_matrices import Matrix, Piece, join, matrices_of, other_modules, split, stacked, unstacked
 from shardlm.hub.files import import_safetensors, read_json
@@ -58,6 +59,7 @@ def save_lora(
     lora = config.lora
     if lora is None:
         raise ValueError("save_lora: this model has no adapters: config.lora is None")
+    check_usable(params, "save_lora")
     matrices = matrices_of(config)
     tensors, ranks = _tensors(config, matrices, flatten(params))
     rank = Counter(ranks.values()).most_common(1)[0][0]

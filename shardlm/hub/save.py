@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from shardlm._arguments import check_usable
 from shardlm.checkpoint.processes import is_first
 from shardlm.hub.fields import raise_problems
 from shardlm.hub.files import DTYPES, folder_of, read_config
@@ -88,6 +89,7 @@ def save_hf(
         path = folder_of(like)
         origin, texts = Origin.of_folder(path, read_config(path)), text_files(path)
     chosen = family_of_config(config, family, origin.values.get("model_type"))
+    check_usable(params, "save_hf")
     _check_params(config, params)
     more = dict(fields or {})
     if unknown := sorted(set(more) - set(HARMLESS)):

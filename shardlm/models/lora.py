@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from shardlm._arguments import check_usable, seed_of
 from shardlm.models.config import Lora, TransformerConfig
 from shardlm.models.transformer import Transformer, parameter_dims
 
@@ -31,6 +32,7 @@ def adapters(params: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The part of it whose leaves are named `lora_a` and `lora_b`; the same arrays.
     """
+    check_usable(params, "adapters")
     return _only(params, lambda name: name in NAMES)
 
 
@@ -69,6 +71,8 @@ def add_lora(
     """
     if config.lora is not None:
         raise ValueError(f"add_lora: this model has adapters: {config.lora}. Merge them first: sl.merge_lora")
+    check_usable([params, saved], "add_lora")
+    seed = seed_of(seed, "add_lora: seed")
     config = dataclasses.replace(config, lora=lora)
     _, shapes, _ = parameter_dims(config)
     problems = _mismatches(params, without_adapters(shapes))
@@ -104,6 +108,7 @@ def merge_lora(config: TransformerConfig, params: Mapping[str, Any]) -> tuple[Tr
     """
     if config.lora is None:
         raise ValueError("merge_lora: this model has no adapters: config.lora is None")
+    check_usable(params, "merge_lora")
     return dataclasses.replace(config, lora=None), _merged(params, config.lora.scale)
 
 

@@ -5,6 +5,10 @@ import os
 
 import jax
 
+from shardlm._errors import is_int
+
+MOST = 2048  # of one process: with more, JAX takes some to be another process's
+
 
 def fake_devices(count: int = 8) -> None:
     """Split the CPU into `count` JAX devices.
@@ -24,8 +28,8 @@ def fake_devices(count: int = 8) -> None:
         >>> sl.fake_devices(8)
         >>> mesh = sl.Layout(data=2, fsdp=2, tensor=2).mesh()
     """
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"fake_devices({count!r}): the number of devices is a positive integer")
+    if not is_int(count) or not 1 <= count <= MOST:
+        raise ValueError(f"fake_devices({count!r}): the number of devices is a positive integer, at most {MOST}")
     if _plugin_without_hardware():
         jax.config.update("jax_platforms", "cpu")
     try:

@@ -2,19 +2,20 @@
 
 `jax.distributed` ends a process by SIGABRT, with a page of its own stack, where a peer does not come. So process 0
 first listens at the same address itself: each of the others says who it is in one line of JSON and gets one back,
-`{"problem": ""}` or what is wrong. Then all go on to JAX.
+`{"problem": ""}` or what is wrong. Then all go on to JAX. Who says anything else is a stranger, and disturbs nothing.
 """
 
-import contextlib
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
-_LONGEST = 1 << 16  # bytes of a line
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from shardlm.runtime.reception import LONGEST, Reception, local_address, parse
+
+_SHOWN = 50  # differences between processes in a message
 
 
 class MeetingError(RuntimeError):
@@ -51,9 +52,10 @@ def split(coordinator: str) -> tuple[str, int]:
 
 
 def bind_address(coordinator: str) -> str:
-    """Where process 0 listens: on this machine alone if that is the address, else on all its networks."""
+    """Where process 0 listens: on the address that the coordinator names, or, if that is not known, on all networks."""
     host, port = split(coordinator)
-    return f"127.0.0.1:{port}" if host in _LOOPBACK else f"[::]:{port}"
+    address = local_address(host) or "::"
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _host(host: str, port: int, count: int, own: dict, deadline: float, timeout: float) -> None:
@@ -65,28 +67,10 @@ def _host(host: str, port: int, count: int, own: dict, deadline: float, timeout:
             f"process 0 cannot listen on port {port}: {reason}. If another program or an earlier run holds it, end "
             "that or choose another port, the same on all processes"
         ) from error
-    hellos: list[dict[str, Any]] = [own]
-    waiting: list[socket.socket] = []
-    try:
-        with server:
-            while len(hellos) < count and (left := deadline - time.monotonic()) > 0:
-                server.settimeout(left)
-                try:
-                    connection, _ = server.accept()
-                    connection.settimeout(min(5.0, max(left, 0.1)))
-                    hellos.append(_read(connection))
-                    waiting.append(connection)
-                    if _clash(hellos, count):  # hear those that are on their way, and end
-                        deadline = min(deadline, time.monotonic() + 2.0)
-                except (OSError, ValueError):  # nobody came in time; or somebody who speaks otherwise, a port scan
-                    continue
-        problem = _problem(hellos, count, timeout)
-        for connection in waiting:
-            with contextlib.suppress(OSError):
-                connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
-    finally:
-        for connection in waiting:
-            connection.close()
+    with server, Reception(server, own, count) as reception:
+        reception.wait(deadline, lambda hellos: _clash(hellos, count))
+        problem = _problem(reception.hellos, count, timeout)
+        reception.answer(problem)
     if problem:
         raise MeetingError(problem)
 
@@ -104,9 +88,8 @@ def _join(host: str, port: int, hello: dict, deadline: float, timeout: float) ->
             try:
                 connection.sendall(json.dumps(hello).encode() + b"\n")
                 # Process 0 answers when all are there or its own time is up, which may have begun later.
-                connection.settimeout(left + timeout)
-                problem = str(_read(connection)["problem"])
-            except (OSError, ValueError, KeyError, TypeError):
+                problem = _read_answer(connection, time.monotonic() + left + timeout)
+            except (OSError, ValueError):
                 # An earlier run's JAX, or another program: ours may yet come.
                 failure = "what answers there is not process 0 of this run, or ended"
                 time.sleep(min(0.5, left))
@@ -121,29 +104,38 @@ def _join(host: str, port: int, hello: dict, deadline: float, timeout: float) ->
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    if host in _LOOPBACK:
-        return socket.create_server(("127.0.0.1", port), backlog=1024)
+    address = local_address(host)
+    if address:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return socket.create_server((address, port), family=family, backlog=1024)
+    print(
+        f"initialize: {host} does not name one address of this machine alone: process 0 listens on all of its networks",
+        file=sys.stderr,
+        flush=True,
+    )
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
     return socket.create_server(("", port), backlog=1024)
 
 
-def _read(connection: socket.socket) -> dict[str, Any]:
+def _read_answer(connection: socket.socket, deadline: float) -> str:
+    """What process 0 says is wrong. OSError or ValueError where that is not what comes, or not before the deadline."""
     line = b""
     while not line.endswith(b"\n"):
+        connection.settimeout(max(deadline - time.monotonic(), 1e-3))
         part = connection.recv(4096)
-        if not part or len(line) > _LONGEST:
-            raise ValueError("not a line of ours")
         line += part
-    message = json.loads(line)
-    if not isinstance(message, dict):
+        if not part or len(line) > LONGEST or time.monotonic() > deadline:
+            raise ValueError("not a line of ours")
+    problem = parse(line).get("problem")
+    if not isinstance(problem, str):
         raise ValueError("not a line of ours")
-    return message
+    return "".join(letter for letter in problem if letter.isprintable() or letter == "\n")
 
 
 def _clash(hellos: list[dict[str, Any]], count: int) -> bool:
-    indices = [hello.get("index") for hello in hellos]
-    return len(set(indices)) < len(indices) or any(hello.get("count") != count for hello in hellos)
+    indices = [hello["index"] for hello in hellos]
+    return len(set(indices)) < len(indices) or any(hello["count"] != count for hello in hellos)
 
 
 def _problem(hellos: list[dict[str, Any]], count: int, timeout: float) -> str:
@@ -151,24 +143,26 @@ def _problem(hellos: list[dict[str, Any]], count: int, timeout: float) -> str:
     problems = []
     by_index: dict[int, list[dict[str, Any]]] = {}
     for hello in hellos:
-        by_index.setdefault(hello.get("index", -1), []).append(hello)
+        by_index.setdefault(hello["index"], []).append(hello)
     for index, same in by_index.items():
         if len(same) > 1:
             problems.append(
                 f"{len(same)} processes say they are number {index}, on {', '.join(h['host'] for h in same)}"
             )
-        if others := sorted({h.get("count") for h in same} - {count}, key=str):
+        if others := sorted({h["count"] for h in same} - {count}, key=str):
             problems.append(f"process {index} was told of {others[0]} processes, and process 0 of {count}")
     if missing := [i for i in range(count) if i not in by_index]:
         named = ", ".join(map(str, missing[:20])) + (" and others" if len(missing) > 20 else "")
         problems.append(f"{len(missing)} of {count} processes did not come (timeout {timeout:.0f} s): {named}")
     own = hellos[0]["identity"]
     for hello in hellos[1:]:
-        theirs = hello.get("identity", {})
+        theirs = hello["identity"]
         problems += [
-            f"process {hello.get('index')} on {hello.get('host')} runs other code: {name} is {theirs.get(name)} there "
+            f"process {hello['index']} on {hello['host']} runs other code: {name} is {theirs.get(name)} there "
             f"and {own.get(name)} on process 0"
             for name in own | theirs
             if theirs.get(name) != own.get(name)
         ]
+    if len(problems) > _SHOWN:
+        problems[_SHOWN:] = [f"and {len(problems) - _SHOWN} more"]
     return "the processes of this run do not fit together:\n  - " + "\n  - ".join(problems) if problems else ""

@@ -10,11 +10,14 @@ from typing import Any, NoReturn
 
 import jax
 
+from shardlm._arguments import not_integer, not_number
+from shardlm._errors import is_int
 from shardlm.runtime import clusters, identity, meeting
 from shardlm.runtime.devices import fake_devices
 
 HEARTBEAT = 30  # seconds; a stall of the network is shorter, and JAX's 100 are long to hold devices for nothing
 TIMEOUT = 50  # seconds; with JAX's own handshake behind it, what is wrong is said within a minute
+_LONGEST = 1e6  # seconds
 TRANSIENT = 75  # exit status (EX_TEMPFAIL of sysexits.h) of a process that failed through no fault of its own
 
 
@@ -46,7 +49,9 @@ def initialize(
             takes all accelerators, and one of several the one with its own local number.
         heartbeat: seconds after which a process that is not heard of counts as dead, and all end. Default
             `SHARDLM_HEARTBEAT`, or 30.
-        timeout: seconds to wait for the others. Default `SHARDLM_TIMEOUT`, or 50.
+        timeout: seconds to wait for the others. Default `SHARDLM_TIMEOUT`, or 50. Later, `SHARDLM_PATIENCE` is how many
+            seconds a process waits for the others to begin a program that it begins (default 3600; 300 in the middle of
+            a run), after which it names those that do something else.
 
     Raises:
         ValueError: the numbers are incomplete or out of range.
@@ -59,17 +64,20 @@ def initialize(
         >>> trainer = sl.Trainer(sl.presets.tiny(), sl.Layout(data=-1))
     """
     place = _place(coordinator, processes, process)
+    if devices_per_process is not None and (problem := not_integer("devices_per_process", devices_per_process, 1)):
+        raise ValueError(f"initialize: {problem}")
     devices = devices_per_process or clusters.integer(os.environ, clusters.DEVICES, 0)
+    wait = _seconds(timeout, "SHARDLM_TIMEOUT", TIMEOUT)
+    beat = _seconds(heartbeat, "SHARDLM_HEARTBEAT", HEARTBEAT)
     if jax.distributed.is_initialized():
         return
     if place is None and _on_tpu_slice():
-        _connect(heartbeat_timeout_seconds=_seconds(heartbeat, "SHARDLM_HEARTBEAT", HEARTBEAT))
+        _connect(heartbeat_timeout_seconds=beat)
         return
     if devices:
         fake_devices(devices)
     if place is None or place.count == 1:
         return
-    wait = _seconds(timeout, "SHARDLM_TIMEOUT", TIMEOUT)
     meeting.meet(place.coordinator, place.count, place.index, identity.identity(), wait)
     _connect(
         coordinator_address=place.coordinator,
@@ -78,7 +86,7 @@ def initialize(
         local_device_ids=_local_devices(place, devices),
         cluster_detection_method="deactivate",
         initialization_timeout=wait,
-        heartbeat_timeout_seconds=_seconds(heartbeat, "SHARDLM_HEARTBEAT", HEARTBEAT),
+        heartbeat_timeout_seconds=beat,
         coordinator_bind_address=meeting.bind_address(place.coordinator),
     )
 
@@ -112,12 +120,14 @@ def _place(coordinator: str | None, processes: int | None, process: int | None) 
     elif missing := [name for name, value in given.items() if value is None]:
         raise ValueError(f"initialize: {', '.join(missing)} not given; coordinator, processes and process go together")
     else:
-        place = clusters.Place(str(coordinator), processes, process, 0, 1, "arguments")  # pyright: ignore
+        if not isinstance(coordinator, str):
+            raise ValueError(f"initialize: the coordinator {coordinator!r} is not host:port, as in 10.0.0.1:4321")
+        place = clusters.Place(coordinator, processes, process, 0, 1, "arguments")  # pyright: ignore
     if place is None:
         return None
     meeting.split(place.coordinator)
     numbers = (place.count, place.index)
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers) or not 0 <= place.index < place.count:
+    if not all(map(is_int, numbers)) or not 0 <= place.index < place.count:
         raise ValueError(
             f"initialize: process {place.index!r} of {place.count!r} ({place.source}); the number of processes is at "
             "least 1, and process from 0 to one below it"
@@ -126,10 +136,10 @@ def _place(coordinator: str | None, processes: int | None, process: int | None) 
 
 
 def _seconds(given: float | None, name: str, default: int) -> int:
-    value = clusters.integer(os.environ, name, default) if given is None else int(given)
-    if value < 1:
-        raise ValueError(f"initialize: {name}={value}; it is a number of seconds, at least 1")
-    return value
+    value = clusters.integer(os.environ, name, default) if given is None else given
+    if not_number(name, value, 1, _LONGEST):
+        raise ValueError(f"initialize: {name}={value!r}; it is a number of seconds, at least 1")
+    return int(value)
 
 
 def _connect(**options: Any) -> None:

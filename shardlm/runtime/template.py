@@ -1,6 +1,7 @@
 """`python -m shardlm template slurm` or `kubernetes`: a job file to start from."""
 
 import argparse
+import json
 import re
 import shlex
 from typing import Any
@@ -34,7 +35,7 @@ _KUBERNETES = """\
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: {name}
+  name: {quoted_name}
 spec:
   network:
     enableDNSHostnames: true
@@ -61,7 +62,7 @@ spec:
                     - containerPort: 4321
                   env:
                     - name: SHARDLM_COORDINATOR
-                      value: {name}-workers-0-0.{name}:4321
+                      value: {coordinator}
                     - name: SHARDLM_PROCESSES
                       value: "{hosts}"
                     - name: SHARDLM_PROCESS
@@ -79,7 +80,7 @@ spec:
               volumes:
                 - name: checkpoints
                   persistentVolumeClaim:
-                    claimName: {name}-checkpoints  # one that all pods can write to (ReadWriteMany)
+                    claimName: {claim}  # one that all pods can write to (ReadWriteMany)
 """
 
 
@@ -112,10 +113,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def render(system: str, name: str, hosts: int, devices: int, command: str, image: str = "") -> str:
-    """The text of a template.
+    """The text of a template. Every value in it is one that its system reads back as it was given.
 
     Raises:
-        ValueError: a name that Kubernetes would refuse, fewer than one host or device, no command.
+        ValueError: a name or an image that Kubernetes would refuse, fewer than one host or device, no command, or one
+            that no shell and no YAML can hold.
     """
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", name):
         raise ValueError(
@@ -123,10 +125,34 @@ def render(system: str, name: str, hosts: int, devices: int, command: str, image
         )
     if hosts < 1 or devices < 1:
         raise ValueError(f"template: --hosts {hosts} and --devices {devices} are at least 1")
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:  # a quotation mark that is not closed
+        raise ValueError(f"template: --command {command!r} is no command of a shell: {error}") from error
     if not words:
         raise ValueError("template: --command is empty")
+    if wrong := [word for word in words if _UNPRINTABLE.search(word)]:
+        raise ValueError(f"template: --command has a character that cannot be printed, in {wrong[0]!r}")
     if system == "slurm":
         return _SLURM.format(name=name, hosts=hosts, devices=devices, command=shlex.join(words))
-    quoted = "[" + ", ".join('"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"' for word in words) + "]"
-    return _KUBERNETES.format(name=name, hosts=hosts, devices=devices, command=quoted, image=image)
+    if not _IMAGE.fullmatch(image):
+        raise ValueError(
+            f"template: --image {image!r} is no image: it is of letters, digits and . _ - / : @, as in "
+            "registry.example.com/train:latest"
+        )
+    return _KUBERNETES.format(
+        quoted_name=_quoted(name), hosts=hosts, devices=devices, command=f"[{', '.join(map(_quoted, words))}]",
+        image=_quoted(image), coordinator=_quoted(f"{name}-workers-0-0.{name}:4321"),
+        claim=_quoted(f"{name}-checkpoints"),
+    )  # fmt: skip
+
+
+# What an image is called: host:port/path:tag@digest. Control characters have no place in a job file, nor have the line
+# breaks that only YAML knows.
+_IMAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/:@-]{0,253}[A-Za-z0-9])?")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]")
+
+
+def _quoted(text: str) -> str:
+    """A YAML string: a plain `no`, `1e3` or `a: b` would be something else. JSON's strings are YAML's."""
+    return json.dumps(text, ensure_ascii=False)

@@ -10,6 +10,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
+from shardlm._arguments import is_masked
+
+MASKED = "give the plain array (.data or .filled(0)), and weights that are 0 where it is masked"
 REQUIRED = ("tokens", "targets")
 OPTIONAL = ("weights", "segments", "positions")
 
@@ -38,6 +41,9 @@ def check_structure(
     shape = getattr(batch.get("tokens"), "shape", None)
     for name in (name for name in legal if name in batch):
         value = batch[name]
+        if is_masked(value):
+            problems.append(f"{name} is a masked array, whose mask is not read: {MASKED}")
+            continue
         if not isinstance(value, types):
             problems.append(f"{name} is a {type(value).__name__}; it is an array of NumPy or JAX")
             continue
@@ -87,10 +93,10 @@ def check_values(
         elif not may_be_empty and not weights.any():
             problems.append("all weights are zero: the loss, a mean over weights, has no value")
     positions = batch.get("positions")
-    if positions is not None and max_sequence is not None and (positions.min() < 0 or positions.max() >= max_sequence):
-        problems.append(
-            f"positions go from {positions.min()} to {positions.max()}; the model has 0 to {max_sequence - 1}"
-        )
+    last = np.inf if max_sequence is None else max_sequence - 1
+    if positions is not None and (positions.min() < 0 or positions.max() > last):
+        legal = "they begin at 0" if max_sequence is None else f"the model has 0 to {last}"
+        problems.append(f"positions go from {positions.min()} to {positions.max()}; {legal}")
     _raise(problems)
 
 

@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from shardlm._arguments import is_used_up
 from shardlm.checkpoint import Checkpoints, SaveError
 from shardlm.runtime.paths import local_path
 from shardlm.runtime.preemption import Preempted, Preemption
 from shardlm.runtime.watch import Watch
 from shardlm.train import resume, saving, together
-from shardlm.train import state as states
+from shardlm.train.evaluation import not_batches
 from shardlm.train.interrupt import uninterrupted
+from shardlm.train.left import leave
 from shardlm.train.metrics import peak_flops
 from shardlm.train.progress import Progress
-from shardlm.train.state import TrainState
+from shardlm.train.run_record import batches_of, describe_run
+from shardlm.train.state import TrainState, check_usable
+from shardlm.train.used import Used, check_source
 
 if TYPE_CHECKING:
     from shardlm.train.trainer import Trainer
@@ -51,6 +55,7 @@ class FitOptions:
     log_dir: str | Path | None
     tensorboard: bool
     verbose: bool
+    accept_changes: bool = False
 
     def __post_init__(self):
         self.checkpoint_dir, self.log_dir = (
@@ -62,15 +67,18 @@ class FitOptions:
             for name in ("checkpoint_every", "log_every", "evaluate_every")
             if (value := getattr(self, name)) is not None and not _positive(value)
         ]
+        problems += [
+            f"{name}={value!r}; it is True or False"
+            for name in ("tensorboard", "verbose", "accept_changes")
+            if not isinstance(value := getattr(self, name), bool)
+        ]
         held_out = self.held_out
         if self.evaluate_every is not None and held_out is None:
             problems.append("evaluate_every needs held_out, the batches to evaluate on")
-        if isinstance(held_out, Mapping):
-            problems.append("held_out is one batch: give a list of batches")
+        if held_out is not None and (problem := not_batches("held_out", held_out)):
+            problems.append(problem)
         elif isinstance(held_out, Iterator) and self.evaluate_every is not None:
             problems.append("held_out can be read once only, and evaluate_every reads it again: give a list")
-        elif hasattr(held_out, "iterate"):
-            problems.append(f"held_out is a {type(held_out).__name__}, which has no end: give a list, or data.held_out")
         elif hasattr(held_out, "__len__") and not len(held_out):  # pyright: ignore[reportArgumentType]
             problems.append("held_out is empty: give at least one batch, or None")
         if self.keep_best is not None and (not self.evaluate_every or self.checkpoint_every % self.evaluate_every):
@@ -90,6 +98,8 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
         raise ValueError(
             "fit: batches is one batch: give a list of batches, or itertools.repeat(batch) to train on it alone"
         )
+    check_source(batches)
+    trainer.state = None
     directory = options.checkpoint_dir
     retention = options.keep, options.keep_every, options.keep_best
     checkpoints = None if directory is None else Checkpoints(directory, *retention)
@@ -109,16 +119,20 @@ def _fit(
 ) -> TrainState:
     """The run, with its folder claimed; else it has nothing to do but evaluate, and records nothing."""
     directory = options.checkpoint_dir
-    latest, resumed, metadata = None if checkpoints is None else checkpoints.latest(), [], {}
-    together.check_run(trainer, {"steps": steps, "newest checkpoint": latest, "checkpoints": directory is not None})
+    latest, resumption, metadata = None if checkpoints is None else checkpoints.latest(), resume.Resumption(), {}
+    run = {} if checkpoints is None else describe_run(trainer, batches, steps, options.held_out)
+    asked = {"steps": steps, "newest checkpoint": latest, "checkpoints": directory is not None}
+    together.check_run(trainer, asked | {"batches": batches_of(batches)})
     if checkpoints is not None and latest is not None:
         if state is not None:
             raise ValueError(
                 f"fit: a state was given, and {directory} holds step {latest}: give no state, to resume from there, or "
                 "another checkpoint_dir"
             )
-        state, metadata, resumed = saving.newest_good(trainer, checkpoints)
-    state = trainer.init() if state is None else state
+        state, metadata, resumption = saving.newest_good(trainer, checkpoints, run, options.accept_changes)
+    if state is None:
+        state = trainer.init()
+    check_usable(state, trainer.abstract_state)
     start = int(state.step)
     log_dir = options.log_dir or directory
     with Progress(
@@ -129,7 +143,7 @@ def _fit(
         tensorboard=options.tensorboard,
         enabled=jax.process_index() == 0 and options.verbose,
     ) as progress:
-        for line in resumed:
+        for line in resumption.lines:
             progress.message(line)
         if start >= steps:
             progress.message(f"nothing to do: the run is at step {start} of {steps}")
@@ -137,12 +151,12 @@ def _fit(
                 progress.message(f"held_out_loss {trainer.evaluate(state, options.held_out)['loss']:.4f}")
             return state
         saver = None
-        with checkpoints or nullcontext(), Preemption() as preemption, Watch(together.name()) as watch:
+        with Preemption() as preemption, Watch(together.name()) as watch:
             if checkpoints is not None:
-                checkpoints.claim()
                 saver = saving.Saver(checkpoints, progress.message, start if metadata else None)
             tokens = metadata.get("tokens", 0.0)
-            loop = _Loop(trainer, progress, saver, options, preemption, watch, steps, state, start, tokens)
+            used = Used(run, resumption, batches, start, progress.message, options.accept_changes)
+            loop = _Loop(trainer, progress, saver, options, preemption, watch, steps, state, start, tokens, used)
             return loop.run(batches)
 
 
@@ -168,6 +182,7 @@ class _Loop:
     state: TrainState
     done: int
     tokens: float
+    used: Used
     loss: float | None = None
     held_out: tuple[int, float] = (0, math.nan)
     pending: deque[tuple[int, dict[str, jax.Array]]] = field(default_factory=deque)
@@ -177,8 +192,10 @@ class _Loop:
     def run(self, batches: Any) -> TrainState:
         """Make the steps that are missing."""
         options, start = self.options, self.done
-        stream = resume.iterate(batches, start)
+        stream: Any = None
         try:
+            with self.watch.phase("batch", start):
+                stream = self.used.stream(batches)
             for step in range(start + 1, self.steps + 1):
                 with self.watch.phase("batch", step):
                     batch = next(stream, _END)
@@ -186,6 +203,7 @@ class _Loop:
                     raise ValueError(
                         f"the batches ended after {step - 1} steps of {self.steps}: give more, or fewer steps"
                     )
+                self.used.take(self.trainer, step, batch)
                 with uninterrupted(), self.watch.phase("step", step, together.waits_in(self.trainer, batch)):
                     self._step(step, batch, first=step == start + 1)
                     self.progress.advance(step)
@@ -200,6 +218,8 @@ class _Loop:
                     self._preempted(step)
         except BaseException as error:
             self._rescue(error, start)
+            saved = None if self.saver is None else self.saver.saved
+            leave(self.trainer, self.state, self.done, error, saved, self.progress.message)
             raise
         finally:
             close = getattr(stream, "close", None)
@@ -212,6 +232,7 @@ class _Loop:
         try:
             self.state, metrics = self.trainer.step(self.state, batch)
             self.done = step
+            self.used.made(batch)
         except (TypeError, ValueError) as error:
             error.add_note(f"This is the batch of step {step}.")
             raise
@@ -278,12 +299,12 @@ class _Loop:
         if self.saver is None or self.saver.has(step):
             return
         with self._untimed(), uninterrupted(), self.watch.phase("save", step):
-            if wrong := _non_finite(self.state):
+            if wrong := _non_finite(self.trainer, self.state):
                 raise self._stop(step, f"{', '.join(wrong[:5])} not finite after the update")
             evaluated, loss = self.held_out
             loss = loss if evaluated == step and math.isfinite(loss) else None
             measured = {"tokens": self.tokens, "loss": self.loss} | ({} if loss is None else {"held_out_loss": loss})
-            metadata = resume.metadata(self.trainer, step) | measured
+            metadata = resume.metadata(self.trainer, step, self.used.record(step)) | measured
             save = self.saver.finish if step == self.steps else self.saver.save
             save(step, self.state, metadata, loss)
 
@@ -308,7 +329,7 @@ class _Loop:
         if self.saver is None or self.done == start or isinstance(error, NonFiniteLoss | SaveError | Preempted):
             return
         # Saving takes all processes, at the same step; and a step that failed half-way has used up its state.
-        if jax.process_count() > 1 or states.is_used_up(self.state):
+        if jax.process_count() > 1 or is_used_up(self.state):
             return
         with uninterrupted():
             try:
@@ -334,14 +355,14 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _non_finite(state: TrainState) -> list[str]:
+def _non_finite(trainer: "Trainer", state: TrainState) -> list[str]:
     """Paths of parameters that are not all finite, and of optimizer state with NaN: infinity may be meant there."""
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     }
-    good = jax.device_get(_are_good(leaves))
+    good = jax.device_get(together.run(trainer, _are_good, leaves))
     return [path for path in leaves if not good[path]]
 
 

@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from shardlm._arguments import not_integer, not_number
 from shardlm.parallel.zero import VECTORS
 
 
@@ -39,14 +40,20 @@ def adamw(
     Example:
         >>> trainer = sl.Trainer(config, layout, sl.adamw(1e-3, steps=1000))
     """
-    problems = []
-    if steps < 1:
-        problems.append(f"steps={steps}; the schedule needs the number of updates of the whole run, at least 1")
-    elif warmup is not None and not 0 <= warmup <= steps:
-        problems.append(f"warmup={warmup} of steps={steps}; it is between 0 and steps")
-    if clip is not None and not clip > 0:
-        problems.append(f"clip={clip}; it is positive, or None not to clip")
-    if problems:
+    problems = [
+        not_number("learning_rate", learning_rate, 0),
+        not_number("final", final, 0, 1),
+        not_number("b1", b1, 0, 1, open_end=True),
+        not_number("b2", b2, 0, 1, open_end=True),
+        not_number("weight_decay", weight_decay, 0),
+    ]
+    if not_integer("steps", steps, 1):
+        problems.append(f"steps={steps!r}; the schedule needs the number of updates of the whole run, at least 1")
+    elif warmup is not None and not_integer("warmup", warmup, 0, steps):
+        problems.append(f"warmup={warmup!r} of steps={steps}; it is a whole number between 0 and steps")
+    if clip is not None and (not_number("clip", clip, 0) or clip == 0):
+        problems.append(f"clip={clip!r}; it is positive, or None not to clip")
+    if problems := [problem for problem in problems if problem]:
         raise ValueError("adamw: " + "; ".join(problems))
     warmup = min(1000, steps // 10) if warmup is None else warmup
     schedule = optax.warmup_cosine_decay_schedule(

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
+from shardlm._arguments import is_masked
 from shardlm.layout import Layout
 from shardlm.train.batch import global_rows as global_count
 
@@ -27,6 +28,7 @@ def count(batch: Any, *, may_be_abstract: bool = False) -> int:
     if not leaves:
         raise ValueError("batch: it holds no arrays; it is a pytree of arrays [batch, ...]")
     wrong = [f"{path} is a {type(leaf).__name__}" for path, leaf in leaves if not isinstance(leaf, types)]
+    wrong += [f"{path} is a masked array, whose mask is not read" for path, leaf in leaves if is_masked(leaf)]
     wrong += [
         f"{path} has dtype {leaf.dtype}"
         for path, leaf in leaves

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from shardlm._arguments import seed_of
 from shardlm.train import engine
 from shardlm.train.program import require_devices
 from shardlm.train.state import TrainState, check_usable
@@ -49,6 +50,7 @@ def sample(
     """
     require_devices(trainer.mesh)
     check_usable(state, trainer.abstract_state)
+    seed = seed_of(seed, "sample: seed")
     ids = np.asarray(prompt)
     if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
         raise ValueError(f"sample: the prompt is {ids.dtype}{list(ids.shape)}; it is one row of at least one token id")
@@ -86,5 +88,5 @@ def sample(
     context = np.zeros(window, np.int32)
     context[: kept.size] = kept
     whole = NamedSharding(trainer.mesh, PartitionSpec())
-    result = jax.jit(run, out_shardings=whole)(state.params, context, np.int32(kept.size))
+    result = trainer._run(jax.jit(run, out_shardings=whole), state.params, context, np.int32(kept.size))
     return np.asarray(result)

@@ -1,11 +1,12 @@
 """The checkpoints of `fit`: the newest good one to start from, and saves that may fail without ending the run."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from shardlm.checkpoint import Checkpoints, CheckpointWarning, DamagedCheckpoint, SaveError
 from shardlm.checkpoint.fields import finite
+from shardlm.runtime.saved import tell_saved
 from shardlm.runtime.strangers import printable
 from shardlm.train import resume
 from shardlm.train.state import TrainState
@@ -32,14 +33,21 @@ def claim(checkpoints: Checkpoints, steps: int) -> bool:
     return True
 
 
-def newest_good(trainer: "Trainer", checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any], list[str]]:
-    """The newest checkpoint that is whole, its metadata, and lines that say what resuming changes.
+def newest_good(
+    trainer: "Trainer", checkpoints: Checkpoints, run: Mapping[str, Any], accept_changes: bool
+) -> tuple[TrainState, dict[str, Any], resume.Resumption]:
+    """The newest checkpoint that is whole, its metadata, and what resuming changes.
+
+    Args:
+        trainer, checkpoints: of the run.
+        run: `run_record.describe_run` of it.
+        accept_changes: whether to go on where the batches are others.
 
     Damaged ones that are newer are renamed, with a warning.
 
     Raises:
         DamagedCheckpoint: there is none that is whole.
-        ValueError: the newest whole one is of another model.
+        ValueError: the newest whole one is of another model, or of other batches.
     """
     damaged: list[tuple[int, DamagedCheckpoint]] = []
     for step in reversed(checkpoints.steps()):
@@ -47,7 +55,9 @@ def newest_good(trainer: "Trainer", checkpoints: Checkpoints) -> tuple[TrainStat
         try:
             metadata = checkpoints.metadata(step)
             _check(metadata, where)
-            lines = [printable(line, 500) for line in resume.changes(trainer, metadata, where)]
+            resumption = resume.changes(trainer, metadata, run, where)
+            resumption.check(accept_changes)
+            resumption.lines = [printable(line, 500) for line in resumption.lines]
             state = checkpoints.restore(step, trainer)
         except DamagedCheckpoint as error:
             damaged.append((step, error))
@@ -59,8 +69,8 @@ def newest_good(trainer: "Trainer", checkpoints: Checkpoints) -> tuple[TrainStat
                 name = str(second)
             text = f"{error}. {name} The run goes on from step {step}"
             warnings.warn(text, CheckpointWarning, stacklevel=2)
-            lines.append(text)
-        return state, metadata, lines
+            resumption.lines.append(text)
+        return state, metadata, resumption
     raise DamagedCheckpoint(
         "\n  ".join([f"no checkpoint in {checkpoints.directory} is whole:", *(str(error) for _, error in damaged)])
         + "\nTo start anew, choose another checkpoint_dir or remove this one"
@@ -117,7 +127,9 @@ class Saver:
         """Return when what was started is saved. Raises SaveError if it is not."""
         started, self._started = self._started, None
         self.checkpoints.wait()
-        self.saved = self.saved if started is None else started
+        if started is not None:
+            self.saved = started
+            tell_saved(started)
 
     def finish(self, step: int, state: TrainState, metadata: dict[str, Any], loss: float | None) -> None:
         """Save the last state of a run, once more if that fails.

@@ -11,6 +11,8 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from shardlm._arguments import USED_UP, is_masked, is_used_up
+from shardlm._arguments import check_usable as check_arrays
 from shardlm.dims import Split
 from shardlm.train.engine import Parameters, flatten, unflatten
 from shardlm.train.frozen import trained
@@ -44,6 +46,19 @@ class TrainState:
     variables: Any = field(default_factory=dict)
     layer_rows: tuple[Any, ...] | None = None
 
+    def __repr__(self) -> str:
+        if is_used_up(self):
+            return f"TrainState({USED_UP})"
+        step = self.step if isinstance(self.step, jax.ShapeDtypeStruct | jax.core.Tracer) else np.asarray(self.step)
+        parts = {name: jax.tree.leaves(getattr(self, name)) for name in ("params", "opt_state", "variables")}
+        sizes = [
+            f"{name}={sum(np.size(x) if not hasattr(x, 'size') else x.size for x in leaves):,} numbers in "
+            f"{len(leaves)} arrays"
+            for name, leaves in parts.items()
+            if leaves
+        ]
+        return f"TrainState(step={step}, {', '.join(sizes)})"
+
 
 def check_usable(state: TrainState, like: TrainState) -> None:
     """Raise ValueError for a state that a step has used up, on which XLA would crash, or with its layers elsewhere.
@@ -58,16 +73,7 @@ def check_usable(state: TrainState, like: TrainState) -> None:
             f"this state's layers are stored for another pipeline: {found}, and here {expected}. Move it by a "
             "checkpoint: sl.save(path, state), then sl.restore(path, trainer)"
         )
-    if is_used_up(state):
-        raise ValueError(
-            "this state was used up by a step, which writes the new state in its place: go on with what the step "
-            "returned, as in `state, metrics = trainer.step(state, batch)`"
-        )
-
-
-def is_used_up(state: TrainState) -> bool:
-    """Whether a step has taken the state's arrays, or some: scalars are left when a checkpoint is being written."""
-    return any(isinstance(leaf, Array) and leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    check_arrays(state)
 
 
 def init(
@@ -96,6 +102,7 @@ def place(program: Program, like: TrainState, params: Parameters) -> Parameters:
     Raises:
         ValueError: they are not this model's; every difference is listed, up to ten.
     """
+    check_arrays(params, "init")
     given, expected = flatten(params), flatten(like.params)
     expected = {
         path: leaf
@@ -107,6 +114,7 @@ def place(program: Program, like: TrainState, params: Parameters) -> Parameters:
     if any(path in given and given[path].shape != leaf.shape for path, leaf in expected.items()):
         given = flatten(program.arrange(jax.tree.map(np.asarray, params)))
     problems = [f"{path}: missing" for path in expected if path not in given]
+    problems += [f"{path}: a masked array, whose mask is not read" for path, leaf in given.items() if is_masked(leaf)]
     problems += [f"{path}: not expected" for path in given if path not in expected]
     for path, leaf in expected.items():
         found, wanted = (f"{x.dtype}{list(x.shape)}" for x in (given.get(path, leaf), leaf))
@@ -117,9 +125,37 @@ def place(program: Program, like: TrainState, params: Parameters) -> Parameters:
             f"{' ...' * (len(problems) > 10)}"
         )
     # A copy in any case: a step uses up what it is given.
-    return unflatten(
-        {path: jax.device_put(given[path], leaf.sharding, may_alias=False) for path, leaf in expected.items()}
-    )
+    placed = {path: jax.device_put(given[path], leaf.sharding, may_alias=False) for path, leaf in expected.items()}
+    if wrong := not_finite(placed):
+        raise ValueError(
+            f"init: {len(wrong)} parameters hold NaN or infinity: {', '.join(wrong[:10])}{' ...' * (len(wrong) > 10)}"
+        )
+    return unflatten(placed)
+
+
+def not_finite(arrays: dict[str, Array]) -> list[str]:
+    """Paths of the arrays of floats that hold NaN or infinity in what this process has of them.
+
+    Each device looks at its own shards: nothing is sent, so that processes need not do it together.
+    """
+    wrong: set[str] = set()
+    on_devices: dict[Any, dict[str, Array]] = {}
+    for path, array in arrays.items():
+        if not jnp.issubdtype(array.dtype, jnp.inexact):
+            continue
+        for shard in array.addressable_shards:
+            if shard.device.platform != "cpu":
+                on_devices.setdefault(shard.device, {})[path] = shard.data
+            elif not np.isfinite(np.asarray(shard.data)).all():
+                wrong.add(path)
+    for found in [jax.device_get(_are_finite(shards)) for shards in on_devices.values()]:
+        wrong |= {path for path, is_finite in found.items() if not is_finite}
+    return [path for path in arrays if path in wrong]
+
+
+@jax.jit
+def _are_finite(arrays: dict[str, Array]) -> dict[str, Array]:
+    return {path: jnp.isfinite(x).all() for path, x in arrays.items()}
 
 
 def abstract(program: Program, optimizer: optax.GradientTransformation) -> TrainState:

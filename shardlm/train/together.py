@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from shardlm.inspect.ledger import ledger
-from shardlm.runtime.agreement import PROGRAM, agree, words
+from shardlm.runtime import begin
+from shardlm.runtime.agreement import agree
 from shardlm.runtime.processes import is_one_of_several
 from shardlm.train.program import require_devices
 
@@ -14,19 +15,24 @@ if TYPE_CHECKING:
     from shardlm.train.trainer import Trainer
 
 
-def check_program(trainer: "Trainer", function: Any, arguments: tuple[Any, ...]) -> None:
-    """Before a compiled function first runs over several processes, compare what each of them is about to run.
+def run(trainer: "Trainer", function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a compiled function; the first time with arguments of these shapes, together with all other processes.
+
+    Those compare it first, and wait until all have compiled it (`runtime.begin`); later calls ask nothing.
+
+    On several CPU devices it returns when the result is there: of several programs in flight some may wait for ever, as
+    their collectives block threads of one small pool.
 
     Raises:
-        ValueError: on every process, naming what differs; or `sl.initialize` was forgotten.
+        ValueError: on every process, naming what differs, or who did not come; or `sl.initialize` was forgotten.
     """
     require_devices(trainer.mesh)
-    checked = trainer.__dict__.setdefault("_checked_programs", set())
-    if function in checked:
-        return
-    checked.add(function)
     if spans_processes(trainer) and hasattr(function, "trace"):
-        agree(_what(function), facts(trainer) | {PROGRAM: words(function.trace(*arguments).jaxpr)})
+        begin.begin(_what(function), function, arguments, lambda: facts(trainer))
+    result = function(*arguments)
+    if trainer.mesh.size > 1 and trainer.first_device.platform == "cpu":
+        jax.block_until_ready(result)
+    return result
 
 
 def check_run(trainer: "Trainer", asked: Mapping[str, Any]) -> None:
@@ -44,7 +50,7 @@ def spans_processes(trainer: "Trainer") -> bool:
                 "anything else"
             )
         return False
-    return len({device.process_index for device in trainer.mesh.devices.flat}) == jax.process_count()
+    return begin.spans_processes(trainer.mesh)
 
 
 def facts(trainer: "Trainer") -> dict[str, Any]:

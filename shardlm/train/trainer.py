@@ -1,6 +1,5 @@
 """The Trainer: a model, a layout and an optimizer, compiled once, and the calls a user makes of them."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from shardlm._arguments import check_usable, seed_of
 from shardlm.inspect import Hardware, Report
 from shardlm.inspect.program import bytes_per_device
 from shardlm.layout import Layout
@@ -20,6 +20,7 @@ from shardlm.train import batch as batches_
 from shardlm.train import state as states
 from shardlm.train import together
 from shardlm.train.engine import Parameters
+from shardlm.train.evaluation import evaluate
 from shardlm.train.explain import explain
 from shardlm.train.fit import FitOptions, fit
 from shardlm.train.frozen import trained
@@ -54,6 +55,7 @@ class Trainer:
         program: what the trainer asks of the model.
         plan: how every parameter is split; `plan.table` prints the rules.
         abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings.
+        state: what a `fit` that an error or Ctrl-C ended has left, to go on with; None otherwise.
 
     Raises:
         LayoutError: the layout does not fit the devices or the model; every conflict is listed.
@@ -132,9 +134,10 @@ class Trainer:
     def _hold(self, program: Program, optimizer: optax.GradientTransformation | None, seed: int) -> None:
         plan: Any = program.plan  # of our own kind, or of a module's
         self.program, self.plan, self.layout, self.mesh = program, plan, plan.layout, plan.mesh
-        self.engine, self.seed = program.engine, seed
+        self.engine, self.seed = program.engine, seed_of(seed)
         self.optimizer = adamw(3e-4, steps=1000) if optimizer is None else optimizer
         self.abstract_state = states.abstract(program, self.optimizer)
+        self.state: TrainState | None = None
 
     @property
     def config(self) -> TransformerConfig:
@@ -253,15 +256,7 @@ class Trainer:
         Raises:
             ValueError: there is no batch, or no weight in any of them.
         """
-        states.check_usable(state, self.abstract_state)
-        placed = (self.place(batch, may_be_empty=True) for batch in batches)
-        sums = [self._run(self._evaluate, state.params, batch, state.variables) for batch in placed]
-        total, weight = (
-            (math.fsum(float(x) for x in column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0)
-        )
-        if weight == 0:
-            raise ValueError(f"nothing to evaluate: {len(sums)} batches with a total weight of 0")
-        return self.program.evaluation(total / weight, weight)
+        return evaluate(self, state, batches)
 
     def place(self, batch: Batch, *, may_be_empty: bool = False) -> Any:
         """Check a batch and put it on the devices, split as the layout says; what `place` returned is not moved again.
@@ -290,6 +285,7 @@ class Trainer:
         A pipeline splits layers over its stages, and with chunks or uneven stages it stores them otherwise
         (`parallel.pipeline.stages`). Each array is gathered over `pipe`; without a pipeline the tree comes back as is.
         """
+        check_usable(tree, "in_order")
         return self.program.in_order(tree)
 
     def local_rows(self, batch_size: int) -> slice:
@@ -321,12 +317,14 @@ class Trainer:
         log_dir: str | Path | None = None,
         tensorboard: bool = False,
         verbose: bool = True,
+        accept_changes: bool = False,
     ) -> TrainState:
         """Train until `steps` updates have been made in all, those before a resumption included.
 
         Args:
-            batches: batch i is for update i: an object indexed by step (`shardlm.data.Batches`, a list, a Grain
-                dataset), or an iterable, of which a resumed run drops what it has used.
+            batches: batch i is for update i: an object indexed by step (a list, a Grain dataset), or an iterable, of
+                which a resumed run drops what it has used. `shardlm.data.Batches` goes on with the very next row, in
+                batches of any size.
             steps: number of the last update.
             state: where to start, which is used up; default `init()`, or the newest checkpoint in `checkpoint_dir`,
                 whatever its layout.
@@ -339,6 +337,8 @@ class Trainer:
             log_dir: where metrics.jsonl goes; default `checkpoint_dir`, and nowhere without either.
             tensorboard: write TensorBoard events there too (`pip install 'shardlm[tensorboard]'`).
             verbose: False prints and writes nothing.
+            accept_changes: go on from a checkpoint although the batches are others (data, order, sequence; with an
+                iterable of one's own, the number of rows). Every other difference is said, and needs no word.
 
         Returns:
             The state after the last update.
@@ -346,26 +346,20 @@ class Trainer:
         Raises:
             NonFiniteLoss: a loss, a gradient or a new parameter was NaN or infinite; nothing of it is saved.
             SaveError: nothing can be saved there, or not the last state; any other save that fails is a warning.
-            ValueError: the checkpoint is of another model; the batches end early; an option is out of range.
+            ValueError: the checkpoint is of another model, or of other batches; the batches end early; an option is out
+                of range.
 
-        Ctrl-C and errors are raised again once the last update is saved; SIGTERM saves it too, and ends with status 0.
+        Ctrl-C and errors are raised again once the last update is saved; saved or not, its state is in `trainer.state`.
+        SIGTERM saves it too, and ends with status 0.
         """
         options = FitOptions(
             checkpoint_dir, checkpoint_every, keep, keep_every, keep_best, log_every, held_out, evaluate_every, log_dir,
-            tensorboard, verbose,
+            tensorboard, verbose, accept_changes,
         )  # fmt: skip
         return fit(self, batches, steps, state, options)
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a compiled function; on several CPU devices, return when its result is there.
-
-        On XLA:CPU several programs in flight may wait for ever: their collectives block threads of one small pool.
-        """
-        together.check_program(self, function, arguments)
-        result = function(*arguments)
-        if self.mesh.size > 1 and self.first_device.platform == "cpu":
-            jax.block_until_ready(result)
-        return result
+        return together.run(self, function, *arguments)
 
     @cached_property
     def step_function(self) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 
+from shardlm._arguments import seed_of
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.train.state import TrainState
@@ -69,6 +70,7 @@ def verify(
     """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"verify: steps={steps!r}; it is a positive integer")
+    seed = seed_of(seed, "verify: seed")
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"verify: tolerance={tolerance!r}; it is positive, or None for the default")
     if jax.process_count() > 1:

@@ -205,6 +205,8 @@ def test_equal_examples_are_on_one_side_and_a_file_may_be_held_out(file, tmp_pat
     assert counts["train"]["examples"] % 2 == counts["held_out"]["examples"] % 2 == 0
     sides = [{tuple(targets) for _, targets, _ in segments_of(part.packed)} for part in (data.train, data.held_out)]
     assert not sides[0] & sides[1]
+    pairs = [{"prompt": "", "completion": f"<{i // 2}>"} for i in range(120)]  # none of those to train on
+    twice.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     data = load_examples(file, sequence=24, batch_size=4, held_out=twice)
     assert [data.counts[side]["examples"] for side in ("train", "held_out")] == [60, 120]
     assert load_examples(file, sequence=24, batch_size=4, held_out=0).held_out is None

@@ -227,8 +227,8 @@ def test_load_without_held_out_documents():
 
 
 def test_load_trains_a_tokenizer_on_the_training_documents_alone(tmp_path):
-    first = load(DOCUMENTS, "bpe:260", held_out=DOCUMENTS[:3], sequence=4, batch_size=2, cache=tmp_path)
-    load(DOCUMENTS, "bpe:260", held_out=DOCUMENTS[3:5], sequence=4, batch_size=2, cache=tmp_path)
+    first = load(DOCUMENTS[5:], "bpe:260", held_out=DOCUMENTS[:3], sequence=4, batch_size=2, cache=tmp_path)
+    load(DOCUMENTS[5:], "bpe:260", held_out=DOCUMENTS[3:5], sequence=4, batch_size=2, cache=tmp_path)
     assert first.tokenizer.vocab_size == 260
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -1,5 +1,6 @@
 """Templates are what their systems read: shell and YAML, as far as that is known without a cluster."""
 
+import shlex
 import subprocess
 
 import pytest
@@ -55,8 +56,31 @@ def test_kubernetes(capsys):
         (("a" * 43, 2, 8, "x"), "is not of lower-case letters, digits and inner hyphens, at most 42"),
         (("a", 0, 8, "x"), "--hosts 0 and --devices 8 are at least 1"),
         (("a", 2, 8, " "), "--command is empty"),
+        (("a", 2, 8, "x 'y"), "is no command of a shell: No closing quotation"),
+        (("a", 2, 8, "x 'y\n#SBATCH --uid=0'"), "has a character that cannot be printed, in "),
+        (("a", 2, 8, "x 'y\u2028z'"), "has a character that cannot be printed, in "),
+        (("a\n#SBATCH --uid=0", 2, 8, "x"), "is not of lower-case letters"),
     ],
 )
-def test_what_is_refused(options, message):
+@pytest.mark.parametrize("system", ["slurm", "kubernetes"])
+def test_what_is_refused(system, options, message):
     with pytest.raises(ValueError, match=message):
-        render("slurm", *options)
+        render(system, *options, image="train")
+
+
+@pytest.mark.parametrize("name", ["no", "on", "y", "null", "true", "e1"])
+@pytest.mark.parametrize("image", ["no", "1", "1e3", "host:5000/a_b/c-d:1.2@sha256:0f"])
+def test_every_value_of_a_job_is_the_string_that_was_given(name, image):
+    words = ["no", "1e3", "a: b", "- x", "#y", "{z}", "\\t\t", "'\"", "%d", "~", "&a", "é"]
+    job = yaml.safe_load(render("kubernetes", name, 2, 1, shlex.join(words), image))
+    spec = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    [container] = spec["containers"]
+    assert (job["metadata"]["name"], container["image"], container["command"]) == (name, image, words)
+    assert container["env"][0]["value"] == f"{name}-workers-0-0.{name}:4321"
+    assert spec["volumes"][0]["persistentVolumeClaim"]["claimName"] == f"{name}-checkpoints"
+
+
+@pytest.mark.parametrize("image", ["", "a b", "a: b", "x\ny: z", "{a}", '"', "-a", "a/", "a\x1b[2J", "é"])
+def test_an_image_that_is_none_is_refused(image):
+    with pytest.raises(ValueError, match="--image .* is no image: it is of letters, digits and"):
+        render("kubernetes", "a", 2, 8, "x", image)

@@ -144,6 +144,20 @@ def test_processes_that_would_do_something_else_say_so_before_they_do(together):
     assert errors[0].startswith("init: the processes do not do the same:\n  - seed: 1 on process 1, 0 on process 0")
 
 
+def test_rows_that_differ_between_processes_are_named_after_the_first_step_too(together):
+    first, second = said(together[1], "SHAPES")
+    assert first["errors"] == second["errors"] and len(first["errors"]) == 1
+    assert first["errors"][0].startswith("step: the processes do not do the same:\n  - shape of ")
+    assert "shape of tokens: int32[16, 12] on process 1, int32[12, 12] on process 0" in first["errors"][0]
+
+
+def test_nobody_runs_a_program_that_another_process_still_compiles(together):
+    """Who did would wait in its first collective, in which a CPU has 30 s."""
+    first, second = said(together[1], "SHAPES")
+    assert first["step"] == second["step"] == 2
+    assert first["compiled"] < second["compiled"] < min(first["ran"], second["ran"])
+
+
 def test_after_sigterm_to_one_all_have_saved_the_same_step_and_end_well(together):
     folder, lines = together
     assert not said(lines, "NOT PREEMPTED")

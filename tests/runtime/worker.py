@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import numpy as np
 
 import shardlm as sl
 from shardlm.hub import write
+from shardlm.runtime import begin
 
 ROWS, SEQUENCE, STEPS = 8, 12, 4
 CONFIG = sl.TransformerConfig(
@@ -91,6 +93,38 @@ def no_room(descriptor: int) -> None:
     raise OSError("No space left on device")
 
 
+def other_shapes(trainer: sl.Trainer, index: int) -> dict:
+    """Steps of shapes not seen before: another one on each process; then one that process 1 is slow to compile."""
+    state, times, errors = trainer.init(), {}, []
+
+    def batch(rows: int) -> dict[str, np.ndarray]:
+        return dict.fromkeys(("tokens", "targets"), np.ones((rows, SEQUENCE), np.int32))
+
+    state, _ = trainer.step(state, batch(4))
+    try:
+        trainer.step(state, batch(6 + 2 * index))
+    except ValueError as error:
+        errors.append(str(error))
+    lower = begin.compiled
+
+    def slow(traced):
+        time.sleep(2.0 * index)
+        lower(traced)
+        times["compiled"] = time.time()
+
+    begin.compiled = slow
+    begun = begin.begin
+
+    def noted(*arguments):
+        begun(*arguments)
+        times["ran"] = time.time()
+
+    begin.begin = noted
+    state, metrics = trainer.step(state, batch(2))
+    begin.compiled, begin.begin = lower, begun
+    return {"errors": errors, "step": int(state.step), **times}
+
+
 def say(word: str, value) -> None:
     print(word, json.dumps(value), flush=True)
 
@@ -119,6 +153,8 @@ def main() -> None:
         trainer_of(layouts[0], seed=index).init()
     except ValueError as error:
         say("DIFFERENT", str(error))
+
+    say("SHAPES", other_shapes(trainers[0], index))
 
     def end(step: int) -> None:
         if step == 1 and index == 1:

@@ -91,7 +91,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     ("options", "message"),
     [
         ({"steps": 0}, "adamw: steps=0; the schedule needs the number of updates of the whole run, at least 1"),
-        ({"steps": 10, "warmup": 11}, "adamw: warmup=11 of steps=10; it is between 0 and steps"),
+        ({"steps": 10, "warmup": 11}, "adamw: warmup=11 of steps=10; it is a whole number between 0 and steps"),
         ({"steps": 10, "warmup": -1}, "warmup=-1 of steps=10"),
         ({"steps": 10, "clip": 0.0}, "adamw: clip=0.0; it is positive, or None not to clip"),
         ({"steps": -3, "clip": -1.0}, "steps=-3; .* at least 1; clip=-1.0"),

@@ -37,11 +37,12 @@ def add(commands: Any) -> None:
     add("--processes", type=_positive, default=None, help="how many (default 1, or the most of --elastic)")
     add("--devices-per-process", type=_positive, help="fake CPU devices, or accelerators, of each (default: on a CPU "
         "1; of several processes on accelerators each takes one)")  # fmt: skip
-    add("--restarts", type=_count, default=3, help="how often to start again (default %(default)s)")
+    add("--restarts", type=_count, default=3, help="how often to start again without a new "
+        "checkpoint in between (default %(default)s)")  # fmt: skip
     add("--elastic", type=_range, metavar="MIN:MAX", help="begin with MAX processes, and start again on as many fewer "
         "as were lost, down to MIN; let one size of the layout be -1")  # fmt: skip
-    add("--backoff", type=float, default=1.0, help="seconds before the first restart, doubled for each (default 1)")
-    add("--grace", type=float, default=30.0, help="seconds to save and end after Ctrl-C or SIGTERM (default 30)")
+    add("--backoff", type=_seconds, default=1.0, help="seconds before the first restart, doubled for each (default 1)")
+    add("--grace", type=_seconds, default=30.0, help="seconds to save and end after Ctrl-C or SIGTERM (default 30)")
     add("--hang", metavar="FACTOR:SECONDS", help="report a step that takes FACTOR times as long as the median of "
         "the last 20, and at least SECONDS (default 10:60)")  # fmt: skip
     add("--abort-hangs", action="store_true", help="end a process whose step hangs, so that all are started again")
@@ -63,7 +64,7 @@ def launch(options: argparse.Namespace) -> int:
         extra[watch.ABORT] = "1"
     return Supervisor(
         _command(options),
-        Restarts(options.restarts, minimum=least, count=most, backoff=max(options.backoff, 0.0)),
+        Restarts(options.restarts, minimum=least, count=most, backoff=options.backoff),
         devices=options.devices_per_process,
         grace=options.grace,
         extra=extra,
@@ -98,6 +99,16 @@ def _count(text: str, least: int = 0) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds from 0 on")
+    return value
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -18,11 +18,13 @@ class Failure:
         statuses: exit status of those that ended by themselves in failure, by number of the process; first the first.
         lines: the last lines of the first.
         seconds: how long the attempt ran.
+        progressed: whether it saved a checkpoint of a later step than all attempts before it.
     """
 
     statuses: dict[int, int]
     lines: Sequence[str]
     seconds: float
+    progressed: bool = False
 
     @property
     def was_killed(self) -> bool:
@@ -42,7 +44,8 @@ class Restarts:
     """Decides after each failed attempt.
 
     Args:
-        allowed: how many restarts in all.
+        allowed: how many restarts without progress; an attempt that saved a later checkpoint gives all of them back, so
+            that a long run is not ended by faults that are days apart.
         minimum, count: fewest processes, and how many there are now.
         backoff: seconds before the first restart; each further one waits twice as long.
     """
@@ -58,6 +61,8 @@ class Restarts:
     def after(self, failure: Failure) -> str:
         """Returns why to give up; empty: start again, on `count` processes after `wait` seconds."""
         before, self._before = self._before, failure
+        if failure.progressed:
+            before, self.made, self._shrunk = None, 0, False
         does_not_fit = self._shrunk and not failure.was_killed and failure.seconds < AT_ONCE
         if does_not_fit and self.count > self.minimum:  # this number of processes is not one that the layout can use
             self.count -= 1
@@ -67,7 +72,8 @@ class Restarts:
         if same and at_once and not failure.was_killed:
             return "it has failed in the same way twice, at once: starting it again would not help"
         if self.made >= self.allowed:
-            return f"{self.made} restarts were allowed" if self.allowed else "no restarts are allowed (--restarts 0)"
+            without = f"{self.made} restarts without a new checkpoint were allowed"
+            return without if self.allowed else "no restarts are allowed (--restarts 0)"
         self.made += 1
         if failure.was_killed and self.count > self.minimum:
             self.count, self._shrunk = max(self.minimum, self.count - len(failure.statuses)), True

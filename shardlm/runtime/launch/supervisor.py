@@ -3,16 +3,19 @@
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from shardlm.runtime import clusters
 from shardlm.runtime.launch.gang import Gang
 from shardlm.runtime.launch.output import Output
 from shardlm.runtime.launch.restarts import Failure, Restarts
 from shardlm.runtime.processes import TRANSIENT
+from shardlm.runtime.saved import SAVED, read_saved
 
 _TICK = 0.05  # seconds between two looks at the processes
 _CASCADE = 0.5  # seconds in which those die that a first death takes along
@@ -40,11 +43,13 @@ class Supervisor:
 
     def run(self) -> int:
         """Returns the exit status: 0 when all ended with 0, else the first failure's; 128 + a signal's number."""
-        with _signals() as received:
+        with _signals() as received, tempfile.TemporaryDirectory(prefix="shardlm-launch-") as folder:
+            told, furthest = Path(folder) / "saved", -1
             while True:
                 count = self.restarts.count
                 began = time.monotonic()
-                with Gang(self.command, self._environments(count), self.output) as gang:
+                environments = [each | {SAVED: str(told)} for each in self._environments(count)]
+                with Gang(self.command, environments, self.output) as gang:
                     failure = self._watch(gang, received, began)
                     if isinstance(failure, int):
                         return failure
@@ -52,7 +57,10 @@ class Supervisor:
                     gang.kill()
                     first = next(iter(failure.statuses))
                     # Only now has all that it printed been read.
-                    failure = Failure(failure.statuses, gang.readers[first].last_lines(), failure.seconds)
+                    failure = Failure(
+                        failure.statuses, gang.readers[first].last_lines(), failure.seconds, read_saved(told) > furthest
+                    )
+                    furthest = max(furthest, read_saved(told))
                 self._report(failure, count, stopped)
                 status = next(iter(failure.statuses.values()))
                 if why := self.restarts.after(failure):

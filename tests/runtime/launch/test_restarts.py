@@ -1,5 +1,7 @@
 """When to start again, on how many processes, and when to give up."""
 
+import dataclasses
+
 from shardlm.runtime.launch.restarts import AT_ONCE, Failure, Restarts
 from shardlm.runtime.processes import TRANSIENT
 
@@ -18,7 +20,7 @@ def test_what_was_killed_is_started_again_as_often_as_allowed():
         waits.append(restarts.wait)
     assert waits == [0.5, 1.0, 2.0]
     assert restarts.count == 2
-    assert restarts.after(KILLED) == "3 restarts were allowed"
+    assert restarts.after(KILLED) == "3 restarts without a new checkpoint were allowed"
     assert Restarts(0, 1, 1).after(KILLED) == "no restarts are allowed (--restarts 0)"
     assert Restarts(99, 1, 1, made=50).wait == 60.0
 
@@ -49,4 +51,19 @@ def test_a_number_that_the_layout_cannot_use_is_passed_over():
     assert restarts.after(KILLED) == "" and restarts.count == 3
     assert restarts.after(error("LayoutError: 3")) == "" and restarts.count == 2  # no restart that counts
     assert restarts.made == 1
-    assert restarts.after(KILLED) == "1 restarts were allowed"
+    assert restarts.after(KILLED) == "1 restarts without a new checkpoint were allowed"
+
+
+def test_a_new_checkpoint_gives_the_restarts_back():
+    restarts = Restarts(2, minimum=2, count=2, backoff=0.5)
+    progressed = dataclasses.replace(LOST, progressed=True)
+    for failure in (KILLED, KILLED, progressed, LOST, progressed, KILLED):
+        assert restarts.after(failure) == ""
+    assert (restarts.made, restarts.wait) == (2, 1.0)
+    assert restarts.after(KILLED) == "2 restarts without a new checkpoint were allowed"
+    # The same error after a new checkpoint each time is no run that cannot begin; without one it still is.
+    restarts = Restarts(9, minimum=2, count=2)
+    again = dataclasses.replace(error(), progressed=True)
+    assert [restarts.after(failure) for failure in (error(), again, again)] == [""] * 3
+    assert "in the same way twice" in restarts.after(error())
+    assert Restarts(0, 1, 1).after(progressed) == "no restarts are allowed (--restarts 0)"

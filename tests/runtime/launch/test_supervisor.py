@@ -250,3 +250,21 @@ def test_numbers_are_checked(arguments, capsys):
     with pytest.raises(SystemExit):
         main(["launch", *arguments.split(), "x.py"])
     assert "argument --" in capsys.readouterr().err
+
+
+def test_an_attempt_that_saved_a_later_checkpoint_gives_the_restarts_back(marker, tmp_path, capsys):
+    """Killed in each of five attempts, of which all but one come further: two restarts in a row are enough."""
+    script = f"""
+from pathlib import Path
+counter = Path({str(tmp_path / "attempts")!r})
+attempt = int(counter.read_text()) if counter.exists() else 0
+counter.write_text(str(attempt + 1))
+saved = [100, 100, 200, 300, 400, 400][attempt]
+Path(os.environ['SHARDLM_SAVED']).write_text(str(saved))
+if attempt < 5: os.kill(os.getpid(), signal.SIGKILL)
+"""
+    status, _ = supervise(marker, script, count=1, restarts=2)
+    assert status == 0
+    said = capsys.readouterr().err
+    made = [line.split()[2] for line in said.splitlines() if line.startswith("launch: restart ")]
+    assert made == ["1", "2", "1", "1", "1"]
