@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import shardlm as sl
+from shardlm._text import fold, width
 from shardlm.checkpoint import command as checkpoints
 from shardlm.data import Batches, Epoch
 from shardlm.generate import command as generation
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ValueError, OSError, ImportError, MeetingError, *_STOPPED) as error:
-        print("error:", error, *getattr(error, "__notes__", ()), file=sys.stderr)
+        text = " ".join(["error:", str(error), *getattr(error, "__notes__", ())])
+        print(fold(text, width(sys.stderr) or sys.maxsize), file=sys.stderr)
         return 1 if isinstance(error, _STOPPED) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -75,11 +77,11 @@ def train(options: argparse.Namespace) -> int:
 
     say = print if jax.process_index() == 0 else _silent
     say(f"{trainer.describe()}\n")
-    say(f"model: {_describe(config)}")
-    say(f"data: {data}")
+    say(fold(f"model: {_describe(config)}"))
+    say(fold(f"data: {data}"))
     epochs = options.steps / data.train.steps_per_epoch
     run = f"{options.steps} steps of {options.batch_size} x {options.sequence} tokens, {epochs:.2f} epochs"
-    say(f"run: {run}\n", flush=True)
+    say(fold(f"run: {run}") + "\n", flush=True)
 
     state = trainer.fit(
         batches,
@@ -98,7 +100,7 @@ def train(options: argparse.Namespace) -> int:
     )
     if held_out and data.held_out is not None:
         kind = next(iter(data.counts["train"]))
-        say(f"held-out loss is over {len(held_out)} of {len(data.held_out)} batches of {kind} not trained on")
+        say(fold(f"held-out loss is over {len(held_out)} of {len(data.held_out)} batches of {kind} not trained on"))
     if options.sample:
         _show_sample(trainer, state, data.tokenizer, options, say)
     if options.save_hf:

@@ -19,13 +19,14 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm._errors import LayoutError
+from shardlm._text import fold, size
 from shardlm.layout import Layout
 from shardlm.models.cache import Cache, kinds_of
 from shardlm.models.config import TransformerConfig
 from shardlm.parallel import tensor
 from shardlm.train import engine
 from shardlm.train.engine import Parameters, Plan, flatten, unflatten
-from shardlm.train.program import count_devices, megabytes, require_devices
+from shardlm.train.program import count_devices, require_devices
 from shardlm.train.transformer import TransformerProgram
 
 _TABLES = ("embedding/table", "head/table")
@@ -227,22 +228,21 @@ class ShardedModel:
         lines = [
             f"generation on {layout}: {rows} rows, {rows // layout.batch_shards} on each device, of up to {max_length} "
             "tokens",
-            f"on each device {megabytes(params)} of parameters and {megabytes(held)} of cache ({c.dtype}); "
-            + ", ".join(kinds),
+            f"on each device {size(params)} of parameters and {size(held)} of cache ({c.dtype}); " + ", ".join(kinds),
         ]
         if layout.tensor > c.num_kv_heads:
             copies = layout.tensor // c.num_kv_heads
             lines.append(
                 f"kv heads {c.num_kv_heads} < tensor {layout.tensor}: each is cached {copies} times, once for each "
-                f"device whose queries use it: {megabytes(held * layout.tensor)} of cache over the tensor axis for "
-                f"{megabytes(held * c.num_kv_heads)} of different numbers"
+                f"device whose queries use it: {size(held * layout.tensor)} of cache over the tensor axis for "
+                f"{size(held * c.num_kv_heads)} of different numbers"
             )
         if layout.zero == 3 and layout.fsdp > 1:
             lines.append(
                 f"zero=3: the parameters are gathered over fsdp={layout.fsdp} for every token again; with zero=2 they "
                 "are kept whole"
             )
-        return "\n".join(lines)
+        return "\n".join(map(fold, lines))
 
     def _problems(self, path: str, given: Any, expected: jax.ShapeDtypeStruct) -> list[str]:
         shape, dtype = np.shape(given), getattr(given, "dtype", None)
