@@ -92,7 +92,7 @@ def test_a_table_never_cuts_a_word_or_a_number_from_its_unit(room):
 
 
 def test_a_table_of_numbers_goes_on_below():
-    shown = text.table(("", ">data=2,fsdp=4", ">data=4,fsdp=2", ">data=8"), [("peak", "1 kB", "2 kB", "3 kB")], 34)
+    shown = text.table(("", ">data=2,fsdp=4", ">data=4,fsdp=2", ">data=8"), [("peak", "1 kB", "2 kB", "3 kB")], 33)
     assert [line.split() for line in shown.splitlines()] == [
         ["data=2,fsdp=4"], ["peak", "1", "kB"], [], ["data=4,fsdp=2", "data=8"], ["peak", "2", "kB", "3", "kB"],
     ]  # fmt: skip
@@ -107,8 +107,9 @@ def report() -> sl.inspect.Report:
 @pytest.mark.parametrize("columns", [40, 60, 80, 100])
 def test_a_report_fits_and_loses_no_word(report, columns):
     whole, shown = (render.as_text(render.sections(report), width) for width in (1000, columns))
-    assert sorted(words(shown)) == sorted(words(whole))
+    assert set(words(shown)) == set(words(whole))  # names of rows are there again where a table goes on below
     if columns >= 80:
+        assert sorted(words(shown)) == sorted(words(whole))
         assert max(map(len, shown.splitlines())) <= columns
 
 
