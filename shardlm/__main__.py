@@ -19,6 +19,7 @@ from shardlm.hub import begin, convert
 from shardlm.inspect import topologies
 from shardlm.runtime import launch, processes, template
 from shardlm.runtime.meeting import MeetingError
+from shardlm.train import room
 
 _MOST_CPU_DEVICES = 2048  # of one process: with more, JAX takes some to be another process's
 _STOPPED = (sl.SaveError, sl.NonFiniteLoss, sl.VerificationError)  # and no mistake in the arguments
@@ -68,6 +69,7 @@ def train(options: argparse.Namespace) -> int:
     else:
         begin.check_vocabulary(config, data.tokenizer, options.init_from)
     trainer = sl.Trainer(config, layout, sl.adamw(options.learning_rate, steps=options.steps), seed=options.seed)
+    room.check_step(trainer, options.batch_size, options.sequence)
     rows = trainer.local_rows(options.batch_size)  # all of them, unless other processes read the others
     batches = Batches(data.train.packed, options.batch_size, options.seed, rows)
     held_out = None

@@ -114,6 +114,8 @@ def test_a_run_prints_its_plan_its_progress_and_a_sample(whole):
         r"data: train 4 documents, 2,244 tokens, 141 rows; held out 2 documents, 1,122 tokens, 71 rows \(rows of 16.*",
         r"run: 120 steps of 4 x 16 tokens, 3\.33 epochs",
         r"",
+        r"compiling the initial parameters \.\.\.",
+        r"compiling the step \.\.\.",
         r"first step after \d+\.\d s, compilation included",
         *[rf"step +{step}/120  loss \d\.\d{{4}}  grad_norm .* eta \d:\d\d:\d\d" for step in range(10, 51, 10)],
         r"step +50/120  held_out_loss \d\.\d{4}  held_out_perplexity +\d+\.\d+  eta \d:\d\d:\d\d",

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from shardlm.checkpoint import Checkpoints, SaveError
 from shardlm.runtime.preemption import Preempted, Preemption
 from shardlm.runtime.watch import Watch
-from shardlm.train import resume, saving, together
+from shardlm.train import resume, room, saving, together
 from shardlm.train import state as states
 from shardlm.train.interrupt import uninterrupted
 from shardlm.train.metrics import peak_flops
@@ -97,8 +97,12 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
                 f"fit: a state was given, and {directory} holds step {latest}: give no state, to resume from there, or "
                 "another checkpoint_dir"
             )
+        room.check_state(trainer, f"the state in {directory}")
         state, metadata, resumed = saving.newest_good(trainer, checkpoints)
-    state = trainer.init() if state is None else state
+    if state is None:
+        if options.verbose and jax.process_index() == 0 and "_init" not in vars(trainer):
+            print("compiling the initial parameters ...", flush=True)
+        state = trainer.init()
     start = int(state.step)
     log_dir = options.log_dir or directory
     with Progress(
@@ -189,6 +193,8 @@ class _Loop:
 
     def _step(self, step: int, batch: Any, first: bool) -> None:
         began = time.perf_counter()
+        if first and "_step" not in vars(self.trainer):  # its compiled functions are made when first used
+            self.progress.message("compiling the step ...")
         try:
             self.state, metrics = self.trainer.step(self.state, batch)
             self.done = step
