@@ -147,6 +147,7 @@ def verify(options: argparse.Namespace) -> int:
     layout = _start_devices(options.layout)
     dtype, options.dtype = options.dtype or "float32", None  # of both sides, whatever the preset computes in
     config = _config(options)
+    print("compiling both sides, one device and the layout ...\n", flush=True)
     print(
         sl.verify(
             config,

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
+from shardlm._text import fold
+
 _MIN_BAR = 6  # columns that the live line keeps for the bar
 _NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}  # as JavaScript and Python's json spell them
 
@@ -130,9 +132,9 @@ class Progress:
             self._writer.flush()
 
     def message(self, text: str) -> None:
-        """Print a line as it is, above the live line."""
+        """Print a line above the live line, cut between words where the terminal is narrower."""
         if self._live is not None:
-            self._console.out(text, highlight=False)
+            self._console.out(fold(text, self._console.width), highlight=False)
         elif self._enabled:  # without rich, which in a notebook makes a block of HTML of each line
             print(text, file=self._console.file, flush=True)
 
