@@ -108,7 +108,7 @@ def test_a_run_prints_its_plan_its_progress_and_a_sample(whole):
     at = lines.index(model)
     expected = [
         r"vocabulary 257 padded to 264",
-        rf"{PARAMETERS:,} parameters \(float32, computing in float32\); on each device \d+ kB of parameters and .*",
+        rf"{PARAMETERS:,} parameters \(float32, computing in float32\); on each device [\d.]+ kB of parameters and .*",
         r"",
         re.escape(model),
         r"data: train 4 documents, 2,244 tokens, 141 rows; held out 2 documents, 1,122 tokens, 71 rows \(rows of 16.*",
@@ -231,6 +231,7 @@ VERIFY = "verify --layout data=2,fsdp=2,tensor=2 --num-layers 2 --d-model 16 --n
 def test_verify_prints_the_comparison(capsys):
     assert main([*VERIFY.split(), "--dtype", "float64"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines.pop(2) == "compiling both sides, one device and the layout ..." and lines.pop(2) == ""
     assert lines[2].startswith(
         "data=2,fsdp=2,tensor=2 agrees with one device: 8 devices against 1, manual engine, float64"
     )

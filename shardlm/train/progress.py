@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,8 +15,6 @@ import rich.progress
 from rich.console import Console
 from rich.table import Column
 from rich.text import Text
-
-from shardlm._text import fold
 
 _MIN_BAR = 6  # columns that the live line keeps for the bar
 _NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}  # as JavaScript and Python's json spell them
@@ -134,9 +133,16 @@ class Progress:
     def message(self, text: str) -> None:
         """Print a line above the live line, cut between words where the terminal is narrower."""
         if self._live is not None:
-            self._console.out(fold(text, self._console.width), highlight=False)
+            self._console.out("\n".join(map(self._folded, text.split("\n"))), highlight=False)
         elif self._enabled:  # without rich, which in a notebook makes a block of HTML of each line
             print(text, file=self._console.file, flush=True)
+
+    def _folded(self, line: str) -> str:
+        """A line that is cut between words where it is wider than the terminal, which would cut them."""
+        if len(line) <= self._console.width:
+            return line
+        wide, rest = self._console.width, {"break_long_words": False, "break_on_hyphens": False}
+        return textwrap.fill(line, wide, subsequent_indent="  ", replace_whitespace=False, **rest)
 
     def close(self) -> None:
         """End the live line and the event file. Closing twice does no harm."""
