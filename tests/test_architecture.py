@@ -251,6 +251,7 @@ def test_a_forbidden_import_is_reported(path, source, imported):
         ("parallel/pipeline/__init__.py", "from .schedule import Schedule\nfrom ...collectives import shift"),
         ("train/trainer.py", "from shardlm import checkpoint\nfrom shardlm.data import loader\nfrom .. import models"),
         ("verification/run.py", "from ..train.trainer import Trainer"),
+        ("checkpoint/command.py", "from shardlm._text import size"),
         ("bench/__main__.py", "import shardlm as sl\nfrom shardlm.inspect import ledger"),
         ("__main__.py", "import shardlm as sl\nfrom .bench import run\nfrom .runtime import launcher"),
         ("__init__.py", "from shardlm.layout import Layout\nfrom .train.trainer import Trainer"),
