@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import shardlm as sl
+from shardlm._text import fold, width
 from shardlm.checkpoint import command as checkpoints
 from shardlm.data import Batches, Epoch
 from shardlm.generate import command as generation
@@ -18,6 +19,7 @@ from shardlm.hub import begin, convert
 from shardlm.inspect import topologies
 from shardlm.runtime import launch, processes, template
 from shardlm.runtime.meeting import MeetingError
+from shardlm.train import room
 
 _MOST_CPU_DEVICES = 2048  # of one process: with more, JAX takes some to be another process's
 _STOPPED = (sl.SaveError, sl.NonFiniteLoss, sl.VerificationError)  # and no mistake in the arguments
@@ -33,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ValueError, OSError, ImportError, MeetingError, *_STOPPED) as error:
-        print("error:", error, *getattr(error, "__notes__", ()), file=sys.stderr)
+        text = " ".join(["error:", str(error), *getattr(error, "__notes__", ())])
+        print(fold(text, width(sys.stderr) or sys.maxsize), file=sys.stderr)
         return 1 if isinstance(error, _STOPPED) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -68,6 +71,7 @@ def train(options: argparse.Namespace) -> int:
     else:
         begin.check_vocabulary(config, data.tokenizer, options.init_from)
     trainer = sl.Trainer(config, layout, sl.adamw(options.learning_rate, steps=options.steps), seed=options.seed)
+    room.check_step(trainer, options.batch_size, options.sequence)
     rows = trainer.local_rows(options.batch_size)  # all of them, unless other processes read the others
     batches = Batches(data.train.packed, options.batch_size, options.seed, rows)
     held_out = None
@@ -77,11 +81,11 @@ def train(options: argparse.Namespace) -> int:
 
     say = print if jax.process_index() == 0 else _silent
     say(f"{trainer.describe()}\n")
-    say(f"model: {_describe(config)}")
-    say(f"data: {data}")
+    say(fold(f"model: {_describe(config)}"))
+    say(fold(f"data: {data}"))
     epochs = options.steps / data.train.steps_per_epoch
     run = f"{options.steps} steps of {options.batch_size} x {options.sequence} tokens, {epochs:.2f} epochs"
-    say(f"run: {run}\n", flush=True)
+    say(fold(f"run: {run}") + "\n", flush=True)
 
     state = trainer.fit(
         batches,
@@ -101,7 +105,7 @@ def train(options: argparse.Namespace) -> int:
     )
     if held_out and data.held_out is not None:
         kind = next(iter(data.counts["train"]))
-        say(f"held-out loss is over {len(held_out)} of {len(data.held_out)} batches of {kind} not trained on")
+        say(fold(f"held-out loss is over {len(held_out)} of {len(data.held_out)} batches of {kind} not trained on"))
     if options.sample:
         _show_sample(trainer, state, data.tokenizer, options, say)
     if options.save_hf:
@@ -146,6 +150,7 @@ def verify(options: argparse.Namespace) -> int:
     layout = _start_devices(options.layout)
     dtype, options.dtype = options.dtype or "float32", None  # of both sides, whatever the preset computes in
     config = _config(options)
+    print("compiling both sides, one device and the layout ...\n", flush=True)
     print(
         sl.verify(
             config,

@@ -6,6 +6,8 @@
 import html
 from typing import Any
 
+from shardlm._text import fold
+
 ZERO = {
     1: "optimizer state",
     2: "gradients and optimizer state",
@@ -24,9 +26,12 @@ _TITLES = ("axis", "devices", "what it does")
 
 
 def as_text(layout: Any, config: Any) -> str:
-    """Aligned columns, then a line for each setting that matters; `config` is a model's, or None."""
-    lines = [f"{axis:<8}{size:>7}  {use}" for axis, size, use in [_TITLES, *_rows(layout)]]
-    return "\n".join([f"Layout {layout}", *lines, *_notes(layout, config)])
+    """Aligned columns, then a line for each setting that matters, folded to the terminal's width.
+
+    `config` is a model's, or None.
+    """
+    lines = [fold(f"{axis:<8}{size:>7}  {use}", hang=17) for axis, size, use in [_TITLES, *_rows(layout)]]
+    return "\n".join([fold(f"Layout {layout}"), *lines, *map(fold, _notes(layout, config))])
 
 
 def as_html(layout: Any) -> str:

@@ -9,13 +9,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from shardlm._text import fold
+from shardlm._text import table as set_table
+
 
 def as_text(table: Any) -> str:
     """Aligned columns, a line for each parameter, and the sum."""
-    rows = _rows(table)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, _total(table)])
+    heads, *rows = _rows(table)
+    return f"{set_table(heads, rows, gap=2)}\n{fold(_total(table))}"
 
 
 def as_html(table: Any) -> str:

@@ -20,6 +20,7 @@ MAX_LINES = 400
 # Layers from left to right. A file may import its own layer and every layer to the left of it; layers in one pair of
 # parentheses do not import each other. The last two are the command line and see everything.
 ORDER = (
+    ("_text",),  # numbers of bytes, lines and tables as people read them
     ("_errors", "_arguments"),
     ("_layout_table", "_placement", "_rules_table", "_pipeline"),  # what layout.py and rules.py print, hold and place
     ("layout",),
@@ -36,9 +37,10 @@ ORDER = (
     ("bench",),
     ("__main__",),
 )
-INDEPENDENT = {"data", "checkpoint"}  # import nothing of shardlm, whatever stands to their left
+INDEPENDENT = {"data", "checkpoint"}  # import nothing of shardlm but what is for all
 FOR_ALL = {  # import nothing of shardlm but each other, and every layer may import them
     "shardlm._arguments",
+    "shardlm._text",
     "shardlm.runtime.strangers",
     "shardlm.runtime.paths",
     "shardlm.runtime.claims",
@@ -264,6 +266,7 @@ def test_a_forbidden_import_is_reported(path, source, imported):
         ("parallel/pipeline/__init__.py", "from .schedule import Schedule\nfrom ...collectives import shift"),
         ("train/trainer.py", "from shardlm import checkpoint\nfrom shardlm.data import loader\nfrom .. import models"),
         ("verification/run.py", "from ..train.trainer import Trainer"),
+        ("checkpoint/command.py", "from shardlm._text import size"),
         ("bench/__main__.py", "import shardlm as sl\nfrom shardlm.inspect import ledger"),
         ("__main__.py", "import shardlm as sl\nfrom .bench import run\nfrom .runtime import launcher"),
         ("__init__.py", "from shardlm.layout import Layout\nfrom .train.trainer import Trainer"),

@@ -108,12 +108,14 @@ def test_a_run_prints_its_plan_its_progress_and_a_sample(whole):
     at = lines.index(model)
     expected = [
         r"vocabulary 257 padded to 264",
-        rf"{PARAMETERS:,} parameters \(float32, computing in float32\); on each device 0\.\d\d MB of parameters and .*",
+        rf"{PARAMETERS:,} parameters \(float32, computing in float32\); on each device [\d.]+ kB of parameters and .*",
         r"",
         re.escape(model),
         r"data: train 4 documents, 2,244 tokens, 141 rows; held out 2 documents, 1,122 tokens, 71 rows \(rows of 16.*",
         r"run: 120 steps of 4 x 16 tokens, 3\.33 epochs",
         r"",
+        r"compiling the initial parameters \.\.\.",
+        r"compiling the step \.\.\.",
         r"first step after \d+\.\d s, compilation included",
         *[rf"step +{step}/120  loss \d\.\d{{4}}  grad_norm .* eta \d:\d\d:\d\d" for step in range(10, 51, 10)],
         r"step +50/120  held_out_loss \d\.\d{4}  held_out_perplexity +\d+\.\d+  eta \d:\d\d:\d\d",
@@ -229,6 +231,7 @@ VERIFY = "verify --layout data=2,fsdp=2,tensor=2 --num-layers 2 --d-model 16 --n
 def test_verify_prints_the_comparison(capsys):
     assert main([*VERIFY.split(), "--dtype", "float64"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines.pop(2) == "compiling both sides, one device and the layout ..." and lines.pop(2) == ""
     assert lines[2].startswith(
         "data=2,fsdp=2,tensor=2 agrees with one device: 8 devices against 1, manual engine, float64"
     )

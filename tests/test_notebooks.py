@@ -1,41 +1,15 @@
-"""Every notebook runs from top to bottom, in a new kernel of this interpreter, and draws something."""
+"""Every notebook runs from top to bottom, in a new kernel of this interpreter, draws something, and gives what it has
+stored.
+"""
 
-import os
+import copy
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from tests import xla
-
-ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SECONDS_PER_CELL = 240
-
-
-class ThisInterpreter(KernelSpecManager):
-    """Answers every kernel's name with the Python that runs the tests, whatever kernels the machine has installed."""
-
-    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return KernelSpec(argv=argv, display_name=kernel_name, language="python")
-
-
-def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
-    """Executes the notebook in place, with `folder` for its working directory and for IPython's own files."""
-    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=ThisInterpreter())
-    client = NotebookClient(
-        notebook, km=kernel, timeout=SECONDS_PER_CELL, resources={"metadata": {"path": str(folder)}}
-    )
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # As for the tests themselves: programs this small gain nothing from optimised machine code.
-    env = os.environ | {"PYTHONPATH": path, "IPYTHONDIR": str(folder / ".ipython"), "XLA_FLAGS": xla.flags()}
-    client.execute(env=env, cleanup_kc=True)
+from tests.notebooks import AGAIN, MADE_WITH, NOTEBOOKS, run, stale, unexecuted
 
 
 def images(notebook: nbformat.NotebookNode) -> list[str]:
@@ -53,10 +27,16 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_cell_was_run_in_order(path):
+    assert unexecuted(nbformat.read(path, as_version=4)) == [], AGAIN
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path, tmp_path):
-    notebook = nbformat.read(path, as_version=4)
+    stored, notebook = (nbformat.read(path, as_version=4) for _ in range(2))
     run(notebook, tmp_path)
     assert images(notebook), f"{path.name} ran, but none of its cells shows an image"
+    assert stale(stored, notebook) == [], AGAIN
 
 
 def test_a_cell_that_fails_is_reported(tmp_path):
@@ -66,8 +46,78 @@ def test_a_cell_that_fails_is_reported(tmp_path):
 
 def test_the_kernel_is_this_interpreter_and_images_are_found(tmp_path):
     draw = "%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])"
-    notebook = notebook_of("import sys\nprint(sys.executable, end='')", draw)
+    where = "import os, sys\nprint(sys.executable, os.getcwd(), end='')"
+    notebook = notebook_of(where, draw)
     assert images(notebook) == []
     run(notebook, tmp_path)
-    assert notebook.cells[0].outputs[0].text == sys.executable
+    assert notebook.cells[0].outputs[0].text == f"{sys.executable} /home/you"
     assert images(notebook) == ["image/png"]
+    assert unexecuted(notebook) == [] and stale(notebook, copy.deepcopy(notebook)) == []
+
+
+def shown(*texts: str, tags: tuple[str, ...] = (), **made_with: str) -> nbformat.NotebookNode:
+    """A notebook whose one cell printed these pieces of text."""
+    outputs = [nbformat.v4.new_output("stream", name="stdout", text=text) for text in texts]
+    cell = nbformat.v4.new_code_cell("f()", execution_count=1, outputs=outputs, metadata={"tags": list(tags)})
+    return nbformat.v4.new_notebook(cells=[cell], metadata={"made_with": MADE_WITH | made_with})
+
+
+@pytest.mark.parametrize(
+    ("stored", "fresh"),
+    [
+        ("would bring it to 26.5 GB", "would bring it to 22.3 GB"),
+        ("update  1f1b   gpipe\n0  5.5  5.5", "update  1f1b   gpipe  zb-h1\n0  5.5  5.5  5.5"),
+        ("axis    devices\npipe          4", "axis    devices\npipe          4\npipeline 1f1b:8"),
+        ("a device holds 0.28 MB", "a device holds 282 kB"),
+        ("", "held-out loss 4.591"),
+        ("held-out loss 4.591", ""),
+        ("3 arrays", "4 arrays"),
+    ],
+)
+def test_a_stale_or_missing_output_is_found(stored, fresh):
+    before, after = (shown(text) if text else shown() for text in (stored, fresh))
+    assert len(stale(before, after)) == 1
+    assert stale(before, copy.deepcopy(before)) == []
+
+
+@pytest.mark.parametrize(
+    ("stored", "fresh"),
+    [
+        ("loss 5.74826050  0.0367359", "loss 5.74826145  0.0367360"),
+        ("gradients  6.5e-07  layers/attention/value/kernel", "gradients  8.0e-07    head/table"),
+        ("4 x all-gather, train/engine.py:252", "4 x all-gather, train/engine.py:246"),
+        ("96 tokens in 6.48 s (15 tokens/s)", "96 tokens in 1.02 s (94 tokens/s)"),
+    ],
+)
+def test_what_no_two_runs_share_is_left_out(stored, fresh):
+    assert stale(shown(stored), shown(fresh)) == []
+
+
+def test_pieces_of_a_stream_are_one_and_other_kinds_are_not():
+    assert stale(shown("loss ", "5.0\n"), shown("loss 5.0\n")) == []
+    picture = shown("loss 5.0\n")
+    picture.cells[0].outputs.append(nbformat.v4.new_output("display_data", data={"text/plain": "<Figure>"}))
+    [found] = stale(shown("loss 5.0\n"), picture)
+    assert "shows ['stdout'], and the code gives ['stdout', 'text/plain']" in found
+
+
+def test_text_that_is_drawn_from_a_model_is_free_where_its_cell_says_so():
+    assert stale(shown("def f", tags=("sampled",)), shown("def g", tags=("sampled",))) == []
+    assert len(stale(shown("def f"), shown("def g"))) == 1
+
+
+def test_numbers_are_those_of_the_versions_they_were_made_with():
+    assert stale(shown("loss 5.1", jax="0.0.1"), shown("loss 6.1")) == []
+    assert len(stale(shown("loss 5.1", jax="0.0.1"), shown())) == 1
+
+
+def test_a_cell_that_was_not_run_is_found():
+    notebook = shown("loss 5.0")
+    assert unexecuted(notebook) == []
+    notebook.cells[0].execution_count = None
+    assert len(unexecuted(notebook)) == 1
+    notebook.cells[0].execution_count = 2
+    assert len(unexecuted(notebook)) == 1
+    notebook = shown()
+    notebook.cells[0].outputs = [nbformat.v4.new_output("error", ename="ValueError", evalue="", traceback=[])]
+    assert len(unexecuted(notebook)) == 1

@@ -9,6 +9,7 @@ import jax
 import optax
 
 import shardlm as sl
+from shardlm._text import size
 from shardlm.bench.timing import Sample, machine
 from shardlm.checkpoint import Checkpoints
 
@@ -52,8 +53,8 @@ def run(options: argparse.Namespace) -> int:
     state = trainer.init()
     # Moments of an untrained model are zeros, which compress to nothing.
     state = jax.block_until_ready(jax.jit(lambda s: s.__class__(s.step, s.params, _filled(s), s.variables))(state))
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    print(f"{size / 1e6:.1f} MB in {len(jax.tree.leaves(state))} arrays; layout {layout}", flush=True)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    print(f"{size(total)} in {len(jax.tree.leaves(state))} arrays; layout {layout}", flush=True)
     times = measure(trainer, state, options.repeats, options.directory)
     for name, sample in times.items():
         print(f"{name:12} {sample.show('ms', 1e3)}")

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 import shardlm as sl
+from shardlm._text import size
 from shardlm.bench import model
 from shardlm.bench.step import _ACCELERATOR, _CPU, _TINY
 from shardlm.bench.timing import Sample, interleaved, machine
@@ -77,8 +78,8 @@ def run(options: argparse.Namespace) -> int:
     limit = (weights + cache) / bandwidth
     source = f"{known.name}'s" if known else "a copy's"
     print(
-        f"limit      {limit * 1e3:.3g} ms a step: {weights / 1e6:,.1f} MB of parameters and {cache / 1e6:,.1f} MB of "
-        f"cache at {bandwidth / 1e9:,.1f} GB/s ({source}); {limit / step.median:.1%} of limit"
+        f"limit      {limit * 1e3:.3g} ms a step: {size(weights)} of parameters and {size(cache)} of cache at "
+        f"{size(bandwidth)}/s ({source}); {limit / step.median:.1%} of limit"
     )
     print(f"dispatch   {dispatch(device, options.calls).show('ms', 1e3)} a call of decode")
     print(machine(device))

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from shardlm._text import size, table
 from shardlm.runtime.folders import Work, discard, is_ours, sweep
 from shardlm.runtime.strangers import inside, printable
 
@@ -26,7 +27,8 @@ from .record import (
 from .retention import Retention
 
 _DESCRIPTION = """
-List the checkpoints of a run's folder: step, age, size, loss (held-out where it was measured), layout, and state:
+List the checkpoints of a run's folder: step, age, size, loss of the step's training batch, held-out loss where it was
+measured after that step ("-" elsewhere), layout, and state:
 
 complete   metadata.json is as it was written, and every file is there with its size
 ok         every byte is as it was written (with --verify, which reads all files)
@@ -79,13 +81,9 @@ def run(options: argparse.Namespace) -> int:
     if options.prune:
         for step in prune(directory, Retention(options.keep, options.keep_every, options.keep_best)):
             print(f"removed step {step}")
-    lines = [("step", "age", "size", "loss", "layout", "state")]
-    lines += [_line(directory / name, options.verify) for name in _names(directory)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(f"{cell:>{width}}" for cell, width in zip(line[:4], widths, strict=False)), end="  ")
-        print(f"{line[4]:{widths[4]}}  {line[5]}")
-    return 1 if any(line[5].startswith("damaged") for line in lines) else 0
+    lines = [_line(directory / name, options.verify) for name in _names(directory)]
+    print(table((">step", ">age", ">size", ">loss", ">held-out loss", "layout", "state"), lines, gap=2))
+    return 1 if any(line[-1].startswith("damaged") for line in lines) else 0
 
 
 def prune(directory: Any, retention: Retention) -> list[int]:
@@ -155,29 +153,22 @@ def _names(directory: Any) -> list[str]:
 def _line(path: Any, verify: bool) -> tuple[str, ...]:
     shown = printable(path.name, 60)
     if is_ours(path.name):
-        return (
-            shown,
-            "-",
-            "-",
-            "-",
-            "-",
-            "not finished: removed by the next run that saves here, unless one writes it now",
-        )
+        text = "not finished: removed by the next run that saves here, unless one writes it now"
+        return shown, *"-----", text
     try:
         record = read_record(path)
     except (ValueError, OSError) as error:
         text = str(error).removeprefix(f"the checkpoint {path} is damaged: ")
         text = text.removesuffix(known_steps(path.parent)).split(". Restore another one")[0]
-        return shown, "-", "-", "-", "-", f"damaged: {printable(text, 500)}"
+        return shown, *"-----", f"damaged: {printable(text, 500)}"
     metadata = record["metadata"]
     wrong = damage(path, record["files"]) if verify else _missing(path, record["files"])
     state = f"damaged: {'; '.join(wrong)}" if wrong else "ok" if verify else "complete"
-    loss = record.get("loss") if finite(record.get("loss")) else metadata.get("loss")
+    losses = (f"{loss:.4f}" if finite(loss) else "-" for loss in (metadata.get("loss"), record.get("loss")))
     saved = datetime.datetime.fromisoformat(record["saved"])
     age = (datetime.datetime.now(datetime.UTC) - saved).total_seconds()
     return (
-        shown, _short(age, _TIMES), _short(total(record["files"]), _SIZES),
-        f"{loss:.4f}" if finite(loss) else "-", printable(metadata.get("layout", "-"), 60), state,
+        shown, _age(age), size(total(record["files"])), *losses, printable(metadata.get("layout", "-"), 60), state,
     )  # fmt: skip
 
 
@@ -185,13 +176,9 @@ def _missing(path: Any, files: dict[str, str]) -> list[str]:
     return [text for name, expected in files.items() if (text := wrong_size(path, name, expected))]
 
 
-_TIMES = (("s", 60), ("min", 60), ("h", 24), ("d", 0))
-_SIZES = (("B", 1000), ("kB", 1000), ("MB", 1000), ("GB", 1000), ("TB", 0))
-
-
-def _short(value: float, units: tuple[tuple[str, int], ...]) -> str:
-    for unit, size in units:
-        if not size or value < size:
-            return f"{value:.0f} {unit}" if value >= 10 or unit in ("s", "B") else f"{value:.1f} {unit}"
-        value /= size
-    raise AssertionError
+def _age(value: float) -> str:
+    for unit, many in (("s", 60), ("min", 60), ("h", 24)):
+        if value < many:
+            return f"{value:.0f} {unit}" if value >= 10 or unit == "s" else f"{value:.1f} {unit}"
+        value /= many
+    return f"{value:.0f} d" if value >= 10 else f"{value:.1f} d"

@@ -112,7 +112,8 @@ def generate(
             raise ValueError(f"num_beams={num_beams} goes without {', '.join(wrong)}: leave them out")
     job = prepare(
         config, params, prompts, layout, max_new_tokens=max_new_tokens, tokenizer=tokenizer, seeds=seeds, eos=eos,
-        stop=stop, batch_size=batch_size, max_length=max_length, chunk=prefill_chunk, devices=devices,
+        stop=stop, batch_size=batch_size, max_length=max_length, chunk=prefill_chunk,
+        beams=num_beams, devices=devices,
     )  # fmt: skip
     if options is not None:
         return _searched(job, options)
@@ -158,6 +159,7 @@ def prepare(
     batch_size: int | None = None,
     max_length: int | None = None,
     chunk: int,
+    beams: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Job:
     """Check everything, and put the parameters where they are needed; arguments and errors as of `generate`."""
@@ -173,7 +175,8 @@ def prepare(
         length = min(length, config.max_sequence)
     rows = rows_of(model.layout, len(found), batch_size)
     detokenizer = None if tokenizer is None else Detokenizer(tokenizer, ends, strings)
-    return Job(model, model.place(params), found, ends, detokenizer, rows, length, min(chunk, length))
+    cache = model.cache_bytes(rows * beams, length, min(chunk, length))
+    return Job(model, model.place(params, cache), found, ends, detokenizer, rows, length, min(chunk, length))
 
 
 def rows_of(layout: Layout, count: int, batch_size: int | None) -> int:

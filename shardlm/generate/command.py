@@ -19,6 +19,7 @@ from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.runtime import fake_devices
 from shardlm.runtime.paths import local_path
+from shardlm.train import room
 from shardlm.train.optimizer import adamw
 from shardlm.train.trainer import Trainer
 
@@ -115,7 +116,9 @@ def _load(options: argparse.Namespace, layout: Layout | None) -> tuple[Transform
     if options.dtype is not None:
         config = dataclasses.replace(config, dtype=options.dtype)
     # Only shapes: the optimizer's state is stored beside the parameters.
-    state = restore(step, Trainer(config, layout, adamw(1e-3, steps=1000)))
+    trainer = Trainer(config, layout, adamw(1e-3, steps=1000))
+    room.check_state(trainer, f"the state in {step}")
+    state = restore(step, trainer)
     prompts = [np.concatenate([[tokenizer.end], tokenizer.encode(prompt)]) for prompt in options.prompt]
     return config, state.params, tokenizer, prompts
 

@@ -55,11 +55,11 @@ def judge(
         return []
     _check_ids(config, rows)
     model = ShardedModel.of(config, layout, devices)
-    params = model.place(params)
     parts = [(i, span) for i, row_spans in enumerate(spans) for span in row_spans]
     parts.sort(key=lambda part: part[1].start - part[1].end)  # the longest first, so that a batch has equal lengths
     length = room(max(span.end - 1 - span.start for _, span in parts), config.max_sequence)
     count, chunk = rows_of(model.layout, len(parts), batch_size), min(chunk, length)
+    params = model.place(params, model.cache_bytes(count, length, chunk))
     judge = _compiled(model, count, length, chunk)
     start, run = programs(model, count, length, chunk).start, programs(model, count, length, chunk).run
     found: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}

@@ -20,13 +20,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm._arguments import check_usable
 from shardlm._errors import LayoutError
+from shardlm._text import fold, size
 from shardlm.layout import Layout
 from shardlm.models.cache import Cache, kinds_of
 from shardlm.models.config import TransformerConfig
 from shardlm.parallel import tensor
-from shardlm.train import engine
+from shardlm.train import engine, room
 from shardlm.train.engine import Parameters, Plan, flatten, unflatten
-from shardlm.train.program import count_devices, megabytes, require_devices
+from shardlm.train.program import count_devices, require_devices
 from shardlm.train.transformer import TransformerProgram
 
 _TABLES = ("embedding/table", "head/table")
@@ -94,11 +95,15 @@ class ShardedModel:
         """Of an array with these dims."""
         return NamedSharding(self.plan.mesh, self.spec(*dims))
 
-    def place(self, params: Parameters) -> Parameters:
+    def place(self, params: Parameters, cache: int = 0) -> Parameters:
         """Parameters on this layout, from any other or from the host; what is there already is not moved.
 
+        Args:
+            params: of `config`.
+            cache: bytes of cache on each device, which must fit beside them.
+
         Raises:
-            ValueError: they are not those of `config`.
+            ValueError: they are not those of `config`, or do not fit in memory.
         """
         require_devices(self.plan.mesh)
         check_usable(params)
@@ -112,6 +117,10 @@ class ShardedModel:
                 f"these parameters are not those of the configuration: {'; '.join(sorted(problems))}. Of a pipeline "
                 "with chunks or uneven stages give trainer.in_order(state).params"
             )
+        missing = sum(self._shard_bytes(path) for path in expected if not self._is_there(path, given[path]))
+        needs = {"parameters not there yet": missing, "the cache": cache}
+        hint = " Take fewer rows at a time (batch_size), shorter ones (max_length), more devices, or a smaller dtype"
+        room.require(needs, list(self.plan.mesh.devices.flat), "generation", lambda _: hint)
         return unflatten({path: self._placed(path, given[path], expected[path].shape) for path in expected})
 
     def empty_cache(self, rows: int, max_length: int, added: int) -> Cache:
@@ -214,13 +223,7 @@ class ShardedModel:
         """What a device keeps while it generates `rows` rows of up to `max_length` tokens."""
         c, layout = self.config, self.layout
         cache = jax.eval_shape(lambda: self.empty_cache(rows, max_length, added))
-        parts = layout.batch_shards * layout.tensor
-        held = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*cache.keys, *cache.values)) // parts
-        params = sum(
-            math.prod(NamedSharding(self.plan.mesh, self.plan.splits[path].stored).shard_shape(leaf.shape))
-            * leaf.dtype.itemsize
-            for path, leaf in flatten(self.plan.shapes).items()
-        )
+        held, params = self.cache_bytes(rows, max_length, added), sum(map(self._shard_bytes, flatten(self.plan.shapes)))
         kinds = [
             f"{keys.shape[0]} layers {'without a window' if window is None else f'with a window of {window}'} keep "
             f"{keys.shape[3]} tokens"
@@ -229,22 +232,36 @@ class ShardedModel:
         lines = [
             f"generation on {layout}: {rows} rows, {rows // layout.batch_shards} on each device, of up to {max_length} "
             "tokens",
-            f"on each device {megabytes(params)} of parameters and {megabytes(held)} of cache ({c.dtype}); "
-            + ", ".join(kinds),
+            f"on each device {size(params)} of parameters and {size(held)} of cache ({c.dtype}); " + ", ".join(kinds),
         ]
         if layout.tensor > c.num_kv_heads:
             copies = layout.tensor // c.num_kv_heads
             lines.append(
                 f"kv heads {c.num_kv_heads} < tensor {layout.tensor}: each is cached {copies} times, once for each "
-                f"device whose queries use it: {megabytes(held * layout.tensor)} of cache over the tensor axis for "
-                f"{megabytes(held * c.num_kv_heads)} of different numbers"
+                f"device whose queries use it: {size(held * layout.tensor)} of cache over the tensor axis for "
+                f"{size(held * c.num_kv_heads)} of different numbers"
             )
         if layout.zero == 3 and layout.fsdp > 1:
             lines.append(
                 f"zero=3: the parameters are gathered over fsdp={layout.fsdp} for every token again; with zero=2 they "
                 "are kept whole"
             )
-        return "\n".join(lines)
+        return "\n".join(map(fold, lines))
+
+    def cache_bytes(self, rows: int, max_length: int, added: int) -> int:
+        """Bytes of the cache's keys and values on each device."""
+        cache = jax.eval_shape(lambda: self.empty_cache(rows, max_length, added))
+        whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*cache.keys, *cache.values))
+        return whole // (self.layout.batch_shards * self.layout.tensor)
+
+    def _shard_bytes(self, path: str) -> int:
+        leaf = flatten(self.plan.shapes)[path]
+        sharding = NamedSharding(self.plan.mesh, self.plan.splits[path].stored)
+        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    def _is_there(self, path: str, x: Any) -> bool:
+        sharding = NamedSharding(self.plan.mesh, self.plan.splits[path].stored)
+        return isinstance(x, Array) and x.shape == flatten(self.plan.shapes)[path].shape and x.sharding == sharding
 
     def _problems(self, path: str, given: Any, expected: jax.ShapeDtypeStruct) -> list[str]:
         shape, dtype = np.shape(given), getattr(given, "dtype", None)

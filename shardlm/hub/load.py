@@ -1,6 +1,7 @@
 """Parameters from a Hugging Face folder onto any layout: a device gets its part from the files, and no more is read."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from shardlm.hub.table import Placed, place
 from shardlm.hub.tokenizer import HubTokenizer, read_tokenizer
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
+from shardlm.train import room
 from shardlm.train.engine import Parameters, flatten, unflatten
 from shardlm.train.program import count_devices, require_devices
 from shardlm.train.transformer import TransformerProgram
@@ -65,7 +67,8 @@ def load_hf(
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: it holds no such model, a setting of config.json that a `TransformerConfig` has not, tensors that
-            are missing, too many, of a wrong shape, or damaged; the message lists all of a kind.
+            are missing, too many, of a wrong shape, or damaged; the message lists all of a kind. Or the parameters do
+            not fit in memory.
         LayoutError: the layout does not fit the model or the devices.
         ImportError: the packages of the extra hf are not installed.
 
@@ -88,13 +91,15 @@ def load_hf(
         config = dataclasses.replace(config, dtype=stored, param_dtype=stored)
         plan = TransformerProgram.of(config, layout, devices, "manual").plan
         require_devices(plan.mesh)
-        shapes = flatten(plan.shapes)
+        shapes, shardings = flatten(plan.shapes), flatten(plan.shardings("stored"))
+        held = sum(math.prod(shardings[n].shard_shape(x.shape)) * x.dtype.itemsize for n, x in shapes.items())
+        hint = " Give more devices (layout), or fewer bytes to a number (dtype='bfloat16')"
+        room.require({"parameters": held}, list(plan.mesh.devices.flat), f"the model of {path}", lambda _: hint)
         # Once more, with the padding of the vocabulary that this layout needs.
         parameters = {name: (split.shape, split.dims) for name, split in plan.in_order.items()}
         names = dataclasses.replace(names, placed=place(family.rows, parameters, config.vocab_size))
         broken: set[str] = set()
-        shardings, rows = flatten(plan.shardings("stored")), plan.stages.rows
-        params = _read(path, _Reader(files, names, broken), shapes, shardings, rows, verbose)
+        params = _read(path, _Reader(files, names, broken), shapes, shardings, plan.stages.rows, verbose)
     warn_of(broken, str(path), config.param_dtype, "was read")
     return plan.config, params, read_tokenizer(path, values)
 

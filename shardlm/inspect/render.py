@@ -1,20 +1,22 @@
-"""How a report looks: the same sections as text, as rich tables, and as HTML; and as plain data."""
+"""How a report looks: the same sections as text, for rich, and as HTML; and as plain data."""
 
 import dataclasses
 import html
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rich import box
-from rich.console import Console, Group
-from rich.table import Table
 from rich.text import Text
 
-_NEXT = 0.9995  # of a unit: from here on three digits round up to 1 of it
+from shardlm import _text as texts
+from shardlm._text import size
+
+__all__ = ["QUANTITIES", "Section", "as_dict", "as_html", "as_rich", "as_text", "comparison", "flop", "percent",
+           "seconds", "sections", "size"]  # fmt: skip
+
+_WIDTH = 118  # columns where there is no terminal
 _LINES = 14  # of the ledger, largest first; `to_dict` has all
 
 
@@ -64,28 +66,37 @@ def comparison(reports: Mapping[str, Any]) -> list[Section]:
     return [Section("side by side, on one device and in one step", ("", *(f">{n}" for n in reports)), tuple(rows))]
 
 
-def as_text(parts: Sequence[Section], width: int = 118) -> str:
-    """Sections as plain text."""
-    out = io.StringIO()
-    Console(file=out, width=width, color_system=None, highlight=False).print(as_rich(parts))
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+def as_text(parts: Sequence[Section], width: int | None = None) -> str:
+    """Sections as plain text, in the terminal's width unless another is given."""
+    return "\n".join(line for text, _ in _blocks(parts, width or texts.width() or _WIDTH) for line in text.splitlines())
 
 
-def as_rich(parts: Sequence[Section]) -> Group:
+def as_rich(parts: Sequence[Section]) -> "_Shown":
     """Sections as what rich prints."""
-    shown: list[Any] = []
-    for part in parts:
-        shown.append(Text(part.title, style="bold"))
+    return _Shown(tuple(parts))
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """The same text in the width of rich's console, with titles in bold."""
+
+    parts: tuple[Section, ...]
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Text]:
+        for text, style in _blocks(self.parts, options.max_width):
+            yield Text(text, style=style, no_wrap=True, overflow="ignore")
+
+
+def _blocks(parts: Sequence[Section], width: int) -> Iterator[tuple[str, str]]:
+    """Pieces of text that stand below each other, each with its style."""
+    for i, part in enumerate(parts):
+        yield ("\n" if i else "") + texts.fold(part.title, width), "bold"
         if part.columns:
-            table = Table(box=box.SIMPLE, pad_edge=False, header_style="dim")
-            for name in part.columns:
-                table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
-            for row in part.rows:
-                table.add_row(*(Text(_bar(cell) if isinstance(cell, float) else str(cell)) for cell in row))
-            shown.append(table)
-        shown += [Text(f"  {note}") for note in part.notes]
-        shown.append(Text(""))
-    return Group(*shown[:-1])
+            cells = [[_bar(cell) if isinstance(cell, float) else str(cell) for cell in row] for row in part.rows]
+            shown = texts.table(part.columns, cells, width - 1, rule=True)
+            yield "\n" + "\n".join(f" {line}".rstrip() for line in shown.splitlines()), ""
+        for n, note in enumerate(part.notes):
+            yield ("\n" if part.columns and not n else "") + texts.fold(f"  {note}", width, hang=4), ""
 
 
 def as_html(parts: Sequence[Section]) -> str:
@@ -160,18 +171,13 @@ def as_dict(report: Any) -> dict[str, Any]:
     return data
 
 
-def size(count: float | None) -> str:
-    """Bytes in decimal units: "1.54 GB"."""
-    return "-" if count is None else _scaled(count, "B")
-
-
 def seconds(value: float | None) -> str:
     """A time: "1.54 s", "230 ms"."""
     if value is None:
         return "-"
     units = ((1, "s"), (1e3, "ms"), (1e6, "us"))
-    scale, unit = next(((s, u) for s, u in units if value * s >= _NEXT), (1e9, "ns"))
-    return f"{_three_digits(value * scale)} {unit}"
+    scale, unit = next(((s, u) for s, u in units if value * s >= texts.NEXT), (1e9, "ns"))
+    return f"{texts.three_digits(value * scale)} {unit}"
 
 
 def _sent(report: Any, axis: str | None = None) -> float:
@@ -193,7 +199,7 @@ def percent(value: float | None) -> str:
 
 def flop(value: float) -> str:
     """FLOPs: "1.08 PFLOP"."""
-    return _scaled(value, "FLOP")
+    return texts.scaled(value, "FLOP")
 
 
 QUANTITIES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], str]]] = {
@@ -356,15 +362,3 @@ def _fields(value: Any) -> dict[str, Any]:
         found = getattr(value, field.name)
         result[field.name] = list(found) if isinstance(found, tuple) else found
     return result
-
-
-def _scaled(value: float, unit: str) -> str:
-    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if value >= _NEXT * 10**power:
-            return f"{_three_digits(value / 10**power)} {prefix}{unit}"
-    return f"{value:.4g} {unit}"
-
-
-def _three_digits(value: float) -> str:
-    """Three significant digits, all of those before the point, and never an exponent for a large number."""
-    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shardlm.inspect import origin
+
 # A branch of a conditional may say in how many of the loop's iterations it is taken, by
 # `jax.named_scope("taken_6_of_9")`, and what for, as in "taken_6_of_9_for_has_forward".
 TAKEN = re.compile(r"taken_(\d+)_of_(\d+)(?:_for_(\w+))?")
@@ -18,8 +20,6 @@ _CALLS = {
     "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_vjp_call", "custom_jvp_call",
     "custom_vjp_call_jaxpr",
 }  # fmt: skip
-# The lines of these say how one communicates; what is asked for is who calls them.
-_HELPERS = ("shardlm/collectives.py", "shardlm/parallel/", "shardlm/models/kernel.py")
 
 
 @dataclass(frozen=True)
@@ -154,17 +154,10 @@ def at(equation: Any, place: Place) -> Place:
 
 def _source(equation: Any) -> tuple[str | None, str | None]:
     """The nearest line that is neither JAX's nor a helper's, and the nearest helper's."""
-    traceback, helper = equation.source_info.traceback, None
-    for frame in traceback.frames if traceback is not None else ():
-        name = frame.file_name.replace("\\", "/")
-        if "/site-packages/" in name and "/shardlm/" not in name or name.startswith("<") or "/importlib/" in name:
-            continue
-        _, inside, path = name.rpartition("/shardlm/")
-        where = f"{path if inside else name.rpartition('/')[2]}:{frame.line_num}"
-        if not any(part in name for part in _HELPERS):
-            return where, helper
-        helper = helper or where
-    return None, helper
+    traceback = equation.source_info.traceback
+    return (
+        origin.asked_for((frame.file_name, frame.line_num) for frame in traceback.frames) if traceback else (None, None)
+    )
 
 
 def elements(aval: Any) -> int:

@@ -24,7 +24,24 @@ def explain(
     trainer: "Trainer", batch_size: int | None, sequence: int | None, batch: Any, hardware: Any, compile: bool
 ) -> inspect.Report:
     """See `Trainer.explain`."""
-    batch = _batch(trainer.program, batch_size, sequence, batch)
+    shown, variant = look_at(trainer, _batch(trainer.program, batch_size, sequence, batch))
+    return report.of(
+        shown,
+        model=trainer.program.title,
+        num_parameters=trainer.num_parameters,
+        on=hardware,
+        compiled=compile,
+        variant=variant,
+    )
+
+
+def look_at(trainer: "Trainer", batch: Any) -> tuple[programs.Program, Any]:
+    """The step to look at, and an `advice.Variant` of it; None for what has no other layout to look at.
+
+    Args:
+        trainer: whose step it is.
+        batch: arrays or `jax.ShapeDtypeStruct`s.
+    """
     abstract = trainer.abstract_batch(batch)
     program, notes = _traceable(trainer.program)
 
@@ -41,14 +58,7 @@ def explain(
 
     shown = look(program, abstract if program is trainer.program else program.abstract_batch(batch), notes)
     manual = isinstance(program, TransformerProgram) and program.engine == "manual"
-    return report.of(
-        shown,
-        model=trainer.program.title,
-        num_parameters=trainer.num_parameters,
-        on=hardware,
-        compiled=compile,
-        variant=variant if manual else None,
-    )
+    return shown, variant if manual else None
 
 
 def _batch(program: Program, batch_size: int | None, sequence: int | None, batch: Any) -> Any:
@@ -68,6 +78,11 @@ def _batch(program: Program, batch_size: int | None, sequence: int | None, batch
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"explain: {name}={value!r} is not a positive integer")
     assert batch_size is not None and sequence is not None
+    return tokens_of(batch_size, sequence)
+
+
+def tokens_of(batch_size: int, sequence: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of tokens by its sizes alone."""
     dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     return {name: jax.ShapeDtypeStruct((batch_size, sequence), dtype) for name, dtype in dtypes.items()}
 

@@ -19,7 +19,7 @@ from shardlm.checkpoint import Checkpoints, SaveError
 from shardlm.runtime.paths import local_path
 from shardlm.runtime.preemption import Preempted, Preemption
 from shardlm.runtime.watch import Watch
-from shardlm.train import resume, saving, together
+from shardlm.train import resume, room, saving, together
 from shardlm.train.evaluation import not_batches
 from shardlm.train.interrupt import uninterrupted
 from shardlm.train.left import leave
@@ -129,8 +129,11 @@ def _fit(
                 f"fit: a state was given, and {directory} holds step {latest}: give no state, to resume from there, or "
                 "another checkpoint_dir"
             )
+        room.check_state(trainer, f"the state in {directory}")
         state, metadata, resumption = saving.newest_good(trainer, checkpoints, run, options.accept_changes)
     if state is None:
+        if options.verbose and jax.process_index() == 0 and "_init" not in vars(trainer):
+            print("compiling the initial parameters ...", flush=True)
         state = trainer.init()
     check_usable(state, trainer.abstract_state)
     start = int(state.step)
@@ -229,6 +232,8 @@ class _Loop:
 
     def _step(self, step: int, batch: Any, first: bool) -> None:
         began = time.perf_counter()
+        if first and "_step" not in vars(self.trainer):  # its compiled functions are made when first used
+            self.progress.message("compiling the step ...")
         try:
             self.state, metrics = self.trainer.step(self.state, batch)
             self.done = step

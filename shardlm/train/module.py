@@ -18,12 +18,13 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm._errors import raise_all
+from shardlm._text import fold, size
 from shardlm.layout import Layout
 from shardlm.rules import ParameterTable, match_rules, split_annotated
 from shardlm.train import rows
 from shardlm.train.anatomy import Anatomy
 from shardlm.train.engine import Parameters, flatten, unflatten
-from shardlm.train.program import Gradients, Variables, Work, megabytes, mesh_on
+from shardlm.train.program import Gradients, Variables, Work, mesh_on
 
 LossFunction = Callable[[Any, Any], tuple[Any, Any]]
 """From (module, batch), the sum of the rows' losses and the sum of their weights."""
@@ -222,10 +223,10 @@ class ModuleProgram:
         carried = ", ".join(self.anatomy.variables.shapes)
         lines += [f"carried from step to step, not trained: {carried}"] if carried else []
         lines.append(
-            f"{self.num_parameters:,} parameters; on each device {megabytes(held['params'])} of parameters and "
-            f"{megabytes(held['opt_state'])} of optimizer state"
+            f"{self.num_parameters:,} parameters; on each device {size(held['params'])} of parameters and "
+            f"{size(held['opt_state'])} of optimizer state"
         )
-        return "\n".join([*lines, *([str(self.plan.table)] if parameters else [])])
+        return "\n".join([*map(fold, lines), *([str(self.plan.table)] if parameters else [])])
 
     def evaluation(self, loss: float, weight: float) -> dict[str, float]:
         """Loss and weight."""

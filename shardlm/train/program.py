@@ -229,8 +229,3 @@ def require_devices(mesh: Mesh | AbstractMesh) -> None:
 def mesh_on(layout: Layout, devices: Sequence[Any] | int) -> Any:
     """The layout's mesh over these devices, or, where only their number is given, over none."""
     return layout.abstract_mesh() if isinstance(devices, int) else layout.mesh(devices)
-
-
-def megabytes(count: int) -> str:
-    """A number of bytes to read."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

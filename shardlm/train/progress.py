@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -134,11 +135,18 @@ class Progress:
             self._writer.flush()
 
     def message(self, text: str) -> None:
-        """Print a line as it is, above the live line."""
+        """Print a line above the live line, cut between words where the terminal is narrower."""
         if self._live is not None:
-            self._console.out(text, highlight=False)
+            self._console.out("\n".join(map(self._folded, text.split("\n"))), highlight=False)
         elif self._enabled:  # without rich, which in a notebook makes a block of HTML of each line
             print(text, file=self._console.file, flush=True)
+
+    def _folded(self, line: str) -> str:
+        """A line that is cut between words where it is wider than the terminal, which would cut them."""
+        if len(line) <= self._console.width:
+            return line
+        wide, rest = self._console.width, {"break_long_words": False, "break_on_hyphens": False}
+        return textwrap.fill(line, wide, subsequent_indent="  ", replace_whitespace=False, **rest)
 
     def close(self) -> None:
         """End the live line and the event file. Closing twice does no harm."""

@@ -17,8 +17,8 @@ from shardlm.inspect.program import bytes_per_device
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.train import batch as batches_
+from shardlm.train import room, together
 from shardlm.train import state as states
-from shardlm.train import together
 from shardlm.train.engine import Parameters
 from shardlm.train.evaluation import evaluate
 from shardlm.train.explain import explain
@@ -209,7 +209,7 @@ class Trainer:
         return explain(self, batch_size, sequence, batch, hardware, compile)
 
     def init(self, params: Parameters | None = None) -> TrainState:
-        """The initial state, each device making the part that it holds and no more.
+        """The initial state, each device making its part and no more; ValueError where the memory is not enough.
 
         The values depend on the seed alone, not on the layout, and the parameters are those of
         `Transformer(config, rngs=nnx.Rngs(seed))`.
@@ -217,6 +217,7 @@ class Trainer:
         Args:
             params: start from copies of these, layers as stored here or in order; they may lack adapters.
         """
+        room.check_state(self)
         return self._run(self._init, {} if params is None else states.place(self.program, self.abstract_state, params))
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

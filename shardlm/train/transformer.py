@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 
+from shardlm._text import fold, size, table
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.models.transformer import Transformer, count_parameters
@@ -21,7 +22,7 @@ from shardlm.train import engine as engines
 from shardlm.train.engine import Parameters, Plan, flatten
 from shardlm.train.frozen import trained
 from shardlm.train.metrics import model_flops_per_token
-from shardlm.train.program import Gradients, Variables, Work, megabytes, mesh_on
+from shardlm.train.program import Gradients, Variables, Work, mesh_on
 
 # What a resumed run may change of its model: how it is computed, and what holds for training or its beginning alone.
 _MAY_CHANGE = ("dtype", "attention/implementation", "dropout", "init_std")
@@ -174,9 +175,9 @@ class TransformerProgram:
             )
         lines.append(
             f"{self.num_parameters:,} parameters ({config.param_dtype}, computing in {config.dtype}); on each device "
-            f"{megabytes(held['params'])} of parameters and {megabytes(held['opt_state'])} of optimizer state"
+            f"{size(held['params'])} of parameters and {size(held['opt_state'])} of optimizer state"
         )
-        return "\n".join([*lines, *(self._table() if parameters else [])])
+        return "\n".join([lines[0], *map(fold, lines[1:]), *([self._table()] if parameters else [])])
 
     def evaluation(self, loss: float, weight: float) -> dict[str, float]:
         """Loss, perplexity and tokens."""
@@ -217,13 +218,12 @@ class TransformerProgram:
             self._checked.add((rows, shape[1]))
         return rows
 
-    def _table(self) -> list[str]:
-        rows = [("parameter", "shape", "dims", "stored as", "bytes per device")]
+    def _table(self) -> str:
+        rows = []
         for path, leaf in flatten(self.plan.shapes).items():
             split = self.plan.splits[path]
             dims = ", ".join(str(dim) for dim in split.dims)
             spec = f"P({', '.join(map(repr, split.stored))})"
             shard = NamedSharding(self.plan.mesh, split.stored).shard_shape(leaf.shape)
             rows.append((path, str(leaf.shape), dims, spec, f"{math.prod(shard) * leaf.dtype.itemsize:,}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return table(("parameter", "shape", "dims", "stored as", "bytes per device"), rows, gap=2)

@@ -5,6 +5,7 @@ import html
 from dataclasses import dataclass
 from typing import Any
 
+from shardlm._text import fold, table
 from shardlm.verification.compare import Difference, worst
 from shardlm.verification.diagnosis import Diagnosis, Place, file_of
 from shardlm.verification.tolerance import NOISE
@@ -53,16 +54,9 @@ class Verification:
         }
 
     def __str__(self) -> str:
-        rows = [_TITLES, *self._rows()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        left = (True, False, False, False, True)
-        lines = [
-            "  ".join(
-                cell.ljust(w) if to_left else cell.rjust(w) for cell, w, to_left in zip(row, widths, left, strict=True)
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([self._title(), *lines, *(f"note: {note}" for note in self._all_notes())])
+        first, *numbers, last = _TITLES
+        lines = table((first, *(f">{name}" for name in numbers), last), self._rows(), gap=2)
+        return "\n".join([fold(self._title()), lines, *(fold(f"note: {note}") for note in self._all_notes())])
 
     def _repr_html_(self) -> str:
         rows = [("th", _TITLES), *(("td", row) for row in self._rows())]

@@ -14,7 +14,7 @@ from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
-from shardlm.verification import explain, inputs
+from shardlm.verification import explain, inputs, needs
 from shardlm.verification.compare import Difference, compare, leaves
 from shardlm.verification.result import Verification, VerificationError
 from shardlm.verification.tolerance import Arithmetic
@@ -63,7 +63,7 @@ def verify(
         VerificationError: something differs. The message names the worst leaf, the layer or leaf at which the programs
             part, what the difference looks like (a missing sum over an axis, heads in another order, ...), and the file
             to read.
-        ValueError: an argument, the layout or the batch is wrong.
+        ValueError: an argument, the layout or the batch is wrong, or the two sides do not fit in memory.
 
     Example:
         >>> print(sl.verify(sl.presets.tiny(num_layers=2), sl.Layout(data=2, fsdp=2, tensor=2), dtype="float64"))
@@ -131,6 +131,7 @@ def _verify(
         if not isinstance(config, TransformerConfig):
             raise ValueError("verify: a module that is not ours needs batch=, as what it reads is not known")
         batch = inputs.random_batch(config, trainer.layout, seed)
+    needs.check(trainer, trainer.on_one_device())
     trainer.place(batch)  # raises what is wrong with it
     batch = jax.tree.map(np.asarray, batch)
     side = _Sides(trainer, batch, seed, tolerance)

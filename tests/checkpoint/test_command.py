@@ -38,12 +38,12 @@ def listed(capsys, *arguments: object) -> tuple[int, list[list[str]]]:
 def test_it_lists_and_verifies(run, capsys):
     status, lines = listed(capsys, run)
     assert status == 0
-    assert lines[0] == ["step", "age", "size", "loss", "layout", "state"]
+    assert lines[0] == ["step", "age", "size", "loss", "held-out loss", "layout", "state"]
     size = sum(entry.stat().st_size for entry in (run / "1/state").rglob("*") if entry.is_file())
-    assert re.fullmatch(r"\d+ s", lines[1][1]) and lines[1][2] == f"{size / 1000:.1f} kB" or size >= 10_000
+    assert re.fullmatch(r"\d+ s", lines[1][1]) and lines[1][2] == f"{size / 1000:.3g} kB"
     assert [[line[0], *line[3:]] for line in lines[1:-1]] == [
-        ["1", "3.5000", "data=2", "complete"], ["2", "0.2500", "data=2", "complete"],
-        ["3", "2.0000", "data=2", "complete"], ["10", "2.0000", "data=2", "complete"],
+        ["1", "2.0000", "3.5000", "data=2", "complete"], ["2", "2.0000", "0.2500", "data=2", "complete"],
+        ["3", "2.0000", "-", "data=2", "complete"], ["10", "2.0000", "-", "data=2", "complete"],
     ]  # fmt: skip
     assert re.fullmatch(r"11\.saving-[0-9a-f]{8}", lines[-1][0]) and lines[-1][-1].startswith("not finished")
     status, lines = listed(capsys, run, "--verify")

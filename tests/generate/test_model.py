@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import shardlm as sl
+from shardlm._text import size
 from shardlm.generate.model import ShardedModel
 from shardlm.train.engine import flatten
 from tests.generate.settings import LAYOUTS, LEARNED, MIXED, VOCAB, devices, log_softmax, parameters, plain_logits
@@ -114,9 +115,9 @@ def test_heads_that_are_cached_several_times_are_counted():
     # On a device 4 rows with one head of 6 numbers of 8 bytes, keys and values: 2 layers of 8 slots, 1 of 24.
     held = 2 * 4 * 6 * 8 * (2 * 8 + 24)
     text = model.describe(ROWS, ROOM, CHUNK)
-    assert f"{held / 1e6:.2f} MB of cache (float64); 2 layers with a window of 5 keep 8 tokens, 1 layers" in text
-    assert f"each is cached 2 times, once for each device whose queries use it: {4 * held / 1e6:.2f} MB" in text
-    assert f"for {2 * held / 1e6:.2f} MB of different numbers" in text
+    assert f"{size(held)} of cache (float64); 2 layers with a window of 5 keep 8 tokens, 1 layers" in text
+    assert f"each is cached 2 times, once for each device whose queries use it: {size(4 * held)} of cache" in text
+    assert f"for {size(2 * held)} of different numbers" in text
     assert "gathered over fsdp=2 for every token" in text
     assert "cached" not in sharded(MIXED, "data=2,fsdp=2,tensor=2").describe(ROWS, ROOM, CHUNK)
 

@@ -153,6 +153,18 @@ def test_a_terminal_keeps_one_live_line_below_the_plain_ones(clock):
     assert sys.stdout is not None and not type(sys.stdout).__module__.startswith("rich")
 
 
+def test_a_long_message_is_cut_between_words():
+    output = console(terminal=True, width=44)
+    text = (
+        "stopped: step 120 is saved in /home/you/runs/a-rather-long-name-of-a-folder-that-has-no-room because of Ctrl-C"
+    )
+    with Progress(total=300, console=output) as progress:
+        progress.message(text)
+    found = [line for line in screen(output) if "/300" not in line and line.strip()]
+    assert len(found) > 1 and " ".join(found).split() == text.split()
+    assert all(len(line.rstrip()) <= 44 or len(line.split()) == 1 for line in found)
+
+
 @pytest.mark.parametrize(
     ("width", "shown"),
     [

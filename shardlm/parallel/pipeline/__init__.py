@@ -1,6 +1,6 @@
 """Pipeline parallelism: schedules as data, packed into ticks that one program executes."""
 
-from .draw import chart, text_chart
+from .draw import chart, charts, text_chart
 from .schedule import SCHEDULES, Kind, Operation, Orders, Schedule, orders
 from .simulate import Simulation, Span, Tick, Times, asynchronous, synchronous
 from .stages import Stages, balance, layers_by_cost
@@ -24,6 +24,7 @@ __all__ = [
     "asynchronous",
     "balance",
     "chart",
+    "charts",
     "layers_by_cost",
     "make_table",
     "orders",
