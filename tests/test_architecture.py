@@ -20,7 +20,8 @@ MAX_LINES = 400
 # Layers from left to right. A file may import its own layer and every layer to the left of it; layers in one pair of
 # parentheses do not import each other. The last two are the command line and see everything.
 ORDER = (
-    ("_errors",),
+    # words: of options, dtypes, errors, extras, layouts
+    ("_command_line", "_dtypes", "_errors", "_extras", "_layout_text", "_version"),
     ("_layout_table", "_placement", "_rules_table", "_pipeline"),  # what layout.py and rules.py print, hold and place
     ("layout",),
     ("dims",),
@@ -36,7 +37,8 @@ ORDER = (
     ("bench",),
     ("__main__",),
 )
-INDEPENDENT = {"data", "checkpoint"}  # import nothing of shardlm, whatever stands to their left
+INDEPENDENT = {"data", "checkpoint"}  # import nothing of shardlm but WORDS, whatever stands to their left
+WORDS = {"_extras"}
 SEE_THE_ROOT = {"bench", "__main__"}  # may write `import shardlm as sl`, which holds every layer
 IMPORT_NAMES = {"orbax-checkpoint": "orbax"}  # distributions whose import name is not their own
 
@@ -57,7 +59,7 @@ def layer_of(module: str) -> str:
 def legal_layers(layer: str) -> set[str]:
     """The layers that files of `layer` may import."""
     if layer in INDEPENDENT:
-        return {layer}
+        return {layer} | WORDS
     [rank] = [rank for rank, group in enumerate(ORDER) if layer in group]
     return {layer} | {name for group in ORDER[:rank] for name in group} | ({""} if layer in SEE_THE_ROOT else set())
 

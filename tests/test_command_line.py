@@ -212,7 +212,8 @@ def test_a_mistake_is_one_error_and_status_2(run, arguments, message):
         ("--learning-rate nan", "argument --learning-rate: nan is not a number from 0 on"),
         ("--evaluate-batches 0", "argument --evaluate-batches: 0 is not a number from 1 on"),
         ("--d-model 16.0", "argument --d-model: invalid int value: '16.0'"),
-        ("--layers 3", "unrecognized arguments: --layers 3"),
+        ("--layers 3", "unrecognized arguments: --layers 3 (did you mean --num-layers?)"),
+        ("--step 3", "unrecognized arguments: --step 3 (did you mean --steps?)"),
     ],
 )
 def test_a_number_out_of_range_is_refused_before_anything_else(run, arguments, message, capsys):
@@ -275,7 +276,7 @@ def test_a_folder_that_cannot_be_written_and_a_missing_extra_are_mistakes(run, t
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     status, _, errors = run("--steps 1 --tensorboard --log-dir", tmp_path)
     assert status == 2
-    assert errors == "error: tensorboard=True needs tensorboardX: pip install 'shardlm[tensorboard]'\n"
+    assert errors.startswith("error: tensorboard=True needs tensorboardX: pip install -e '.[tensorboard]'")
 
 
 def test_a_loss_that_is_not_finite_is_status_1(run):

@@ -5,6 +5,7 @@ A checkpoint is a folder:
     metadata.json   when and by how many processes it was saved, the caller's metadata, dtype, shape and digest of each
                     array, how layers are arranged, size and hash of each file; the last line is a digest of the others
     state/          the arrays, written shard by shard by Orbax
+    tokenizer/      the files that make the run's tokenizer again, where it has one
 
 Arrays are stored under their path in the state (`params/embedding/table`). What layout they had is not used again: the
 target of `restore` alone says which device gets what.
@@ -14,5 +15,6 @@ from .files import read_metadata, restore, save
 from .processes import SaveError
 from .record import DamagedCheckpoint
 from .run import Checkpoints
+from .texts import read_texts
 
-__all__ = ["Checkpoints", "DamagedCheckpoint", "SaveError", "read_metadata", "restore", "save"]
+__all__ = ["Checkpoints", "DamagedCheckpoint", "SaveError", "read_metadata", "read_texts", "restore", "save"]

@@ -13,10 +13,18 @@ from .mapping import rounds, sources
 from .processes import errors_of_all, exchange
 from .record import STATE, absolute, damaged, is_checkpoint, known_steps, parse_array, read_record
 from .rows import Rows, changes
+from .texts import as_texts
 from .write import Write, checked, flatten
 
 
-def save(path: str | os.PathLike, state: Any, metadata: dict | None = None, *, overwrite: bool = False) -> None:
+def save(
+    path: str | os.PathLike,
+    state: Any,
+    metadata: dict | None = None,
+    *,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+) -> None:
     """Writes one checkpoint and returns when it is complete on disk.
 
     The folder gets its name once everything in it is written, flushed and hashed: a kill before that leaves nothing at
@@ -29,6 +37,8 @@ def save(path: str | os.PathLike, state: Any, metadata: dict | None = None, *, o
         metadata: what else to keep (configuration, layout, position in the data, versions): a dict that JSON can hold,
             the same on all processes. Tuples come back as lists.
         overwrite: replace the checkpoint at `path`. Anything else there is refused all the same.
+        tokenizer: of the model, to be kept with it (`sl.load_tokenizer(path)` reads it): one of `sl.data` or
+            `sl.load_hf`, or its files by name, as `sl.data.files_of` makes them of others.
 
     Raises:
         ValueError: there is something at `path`; `metadata` is not JSON.
@@ -47,7 +57,7 @@ def save(path: str | os.PathLike, state: Any, metadata: dict | None = None, *, o
     if path.exists() and not replaces and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not a checkpoint{known_steps(path)}: choose a new path")
     exchange(None)  # no process makes the folder before all have seen that it is not there
-    Write(path, arrays, record).wait()
+    Write(path, arrays, record, texts=as_texts(tokenizer)).wait()
 
 
 def restore(

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from .digest import as_text, start
 from .hashes import digest_files, names_in
 from .processes import SaveError, barrier, errors_of_all, is_first
 from .record import FORMAT, STATE, describe_array, write_record
+from .texts import TEXTS
 
 UNFINISHED, REMOVED = ".saving", ".removed"  # what a folder's name ends in while it is written, while it is deleted
 
@@ -39,6 +40,7 @@ class Write:
         arrays: by path in the state.
         record: what metadata.json is to say beside the arrays and files.
         after: called in the first process's thread when the checkpoint is there.
+        texts: files of the tokenizer, by name.
 
     Raises:
         SaveError: the folder cannot be made.
@@ -50,11 +52,13 @@ class Write:
         arrays: dict[str, jax.Array],
         record: dict[str, Any],
         after: Callable[[], None] = lambda: None,
+        texts: Mapping[str, bytes] | None = None,
     ):
         self.path, self.unfinished = path, path.parent / f"{path.name}{UNFINISHED}"
         self._record, self._digests = record, start(arrays)
         self._shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
         self._after = after
+        self._texts = dict(texts or {})
         self._error: BaseException | None = None
         try:
             if is_first():
@@ -113,6 +117,10 @@ class Write:
             return
         if errors:
             raise errors[0]
+        if is_first() and self._texts:
+            (self.unfinished / TEXTS).mkdir()
+            for name, content in self._texts.items():
+                (self.unfinished / TEXTS / name).write_bytes(content)
         index = jax.process_index()
         folders = f"{STATE}/ocdbt.process_{index}/", f"{STATE}/array_metadatas/process_{index}"
         names = [name for name in names_in(self.unfinished) if name.startswith(folders[0]) or name == folders[1]]

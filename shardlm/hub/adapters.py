@@ -18,6 +18,7 @@ from shardlm.hub.files import import_safetensors, read_json
 from shardlm.hub.registry import family_of_config
 from shardlm.hub.table import Row
 from shardlm.models.config import Lora, TransformerConfig
+from shardlm.models.kinds import require_config, require_params
 from shardlm.models.lora import add_lora
 from shardlm.train.paths import flatten, unflatten
 
@@ -59,7 +60,8 @@ def save_lora(
     Example:
         >>> sl.save_lora("adapters", trainer.config, state.params, base="Qwen/Qwen3-0.6B")
     """
-    lora = config.lora
+    require_params(params)
+    lora = require_config(config).lora
     if lora is None:
         raise ValueError("save_lora: this model has no adapters: config.lora is None")
     flat, tensors, problems = flatten(params), {}, []
@@ -120,6 +122,8 @@ def load_lora(
         >>> config, params, _ = sl.load_hf("Qwen3-0.6B", layout)
         >>> config, params = sl.load_lora("adapters", config, params)
     """
+    require_config(config)
+    require_params(params)
     path = Path(folder).expanduser()
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():

@@ -10,6 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from shardlm._extras import install
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 # safetensors' names of dtypes and NumPy's; the others are of quantised models.
@@ -126,7 +128,7 @@ def import_safetensors() -> Any:
     try:
         import safetensors
     except ImportError as error:
-        raise ImportError("to read safetensors files: pip install 'shardlm[hf]'") from error
+        raise ImportError(f"to read safetensors files: {install('hf')}") from error
     return safetensors
 
 

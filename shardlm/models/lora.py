@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm.models.config import Lora, TransformerConfig
+from shardlm.models.kinds import kind, require_config, require_params
 from shardlm.models.transformer import Transformer, parameter_dims
 
 NAMES = ("lora_a", "lora_b")
@@ -31,7 +32,7 @@ def adapters(params: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The part of it whose leaves are named `lora_a` and `lora_b`; the same arrays.
     """
-    return _only(params, lambda name: name in NAMES)
+    return _only(require_params(params), lambda name: name in NAMES)
 
 
 def without_adapters(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,8 +68,12 @@ def add_lora(
         >>> config, params = sl.add_lora(config, params, sl.Lora(rank=8, targets=("query", "value")))
         >>> state = sl.Trainer(config, layout).init(params)
     """
+    require_config(config)
+    require_params(params)
     if config.lora is not None:
         raise ValueError(f"add_lora: this model has adapters: {config.lora}. Merge them first: sl.merge_lora")
+    if not isinstance(lora, Lora):
+        raise TypeError(f"lora is {kind(lora)}, not a sl.Lora: sl.Lora(rank=8, targets=('query', 'value')) makes one")
     config = dataclasses.replace(config, lora=lora)
     _, shapes, _ = parameter_dims(config)
     problems = _mismatches(params, without_adapters(shapes))
@@ -102,6 +107,8 @@ def merge_lora(config: TransformerConfig, params: Mapping[str, Any]) -> tuple[Tr
     Raises:
         ValueError: the model has no adapters.
     """
+    require_config(config)
+    require_params(params)
     if config.lora is None:
         raise ValueError("merge_lora: this model has no adapters: config.lora is None")
     return dataclasses.replace(config, lora=None), _merged(params, config.lora.scale)

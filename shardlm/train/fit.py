@@ -20,6 +20,7 @@ from shardlm.runtime.preemption import Preempted, Preemption
 from shardlm.runtime.watch import Watch
 from shardlm.train import resume, saving, together
 from shardlm.train import state as states
+from shardlm.train import texts as tokenizers
 from shardlm.train.interrupt import uninterrupted
 from shardlm.train.metrics import peak_flops
 from shardlm.train.progress import Progress
@@ -50,6 +51,7 @@ class FitOptions:
     evaluate_every: int | None
     log_dir: str | Path | None
     tensorboard: bool
+    tokenizer: Any
     verbose: bool
 
     def __post_init__(self):
@@ -86,11 +88,24 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
         raise ValueError(
             "fit: batches is one batch: give a list of batches, or itertools.repeat(batch) to train on it alone"
         )
+    if hasattr(batches, "train") and hasattr(batches, "tokenizer"):
+        raise ValueError("fit: batches is all that sl.data.load returned: give its batches to train on, data.train")
+    if state is not None:
+        states.check_usable(state, trainer.abstract_state)
+    texts, without = tokenizers.of_run(options.tokenizer, batches)
     directory = options.checkpoint_dir
     retention = options.keep, options.keep_every, options.keep_best
     checkpoints = None if directory is None else Checkpoints(directory, *retention)
     latest, resumed, metadata = None if checkpoints is None else checkpoints.latest(), [], {}
-    together.check_run(trainer, {"steps": steps, "newest checkpoint": latest, "checkpoints": directory is not None})
+    together.check_run(
+        trainer,
+        {
+            "steps": steps,
+            "newest checkpoint": latest,
+            "checkpoints": directory is not None,
+            "tokenizer": tokenizers.digest(texts),
+        },
+    )
     if checkpoints is not None and latest is not None:
         if state is not None:
             raise ValueError(
@@ -98,6 +113,7 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
                 "another checkpoint_dir"
             )
         state, metadata, resumed = saving.newest_good(trainer, checkpoints)
+        texts = tokenizers.resumed(checkpoints, int(state.step), texts)
     state = trainer.init() if state is None else state
     start = int(state.step)
     log_dir = options.log_dir or directory
@@ -120,7 +136,9 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
         with checkpoints or nullcontext(), Preemption() as preemption, Watch(together.name()) as watch:
             if checkpoints is not None:
                 checkpoints.claim()
-                saver = saving.Saver(checkpoints, progress.message, start if metadata else None)
+                saver = saving.Saver(checkpoints, progress.message, start if metadata else None, texts)
+                if without is not None:
+                    progress.message(without)
             tokens = metadata.get("tokens", 0.0)
             loop = _Loop(trainer, progress, saver, options, preemption, watch, steps, state, start, tokens)
             return loop.run(batches)

@@ -12,8 +12,10 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm.dims import Split
+from shardlm.models.kinds import require_params
 from shardlm.train.engine import Parameters, flatten, unflatten
 from shardlm.train.frozen import trained
+from shardlm.train.kinds import require_same_model, require_state
 from shardlm.train.program import Program
 
 
@@ -46,18 +48,20 @@ class TrainState:
 
 
 def check_usable(state: TrainState, like: TrainState) -> None:
-    """Raise ValueError for a state that a step has used up, on which XLA would crash, or with its layers elsewhere.
+    """Raise ValueError for a state that a step has used up, on which XLA would crash, or that is another model's.
 
     Args:
-        state: given by a user.
+        state: given by a user; what is no state at all is a TypeError.
         like: the trainer's abstract state.
     """
+    require_state(state, like)
     if state.layer_rows != like.layer_rows:
         found, expected = (x.layer_rows or "in the model's order" for x in (state, like))
         raise ValueError(
             f"this state's layers are stored for another pipeline: {found}, and here {expected}. Move it by a "
             "checkpoint: sl.save(path, state), then sl.restore(path, trainer)"
         )
+    require_same_model(state, like)
     if is_used_up(state):
         raise ValueError(
             "this state was used up by a step, which writes the new state in its place: go on with what the step "
@@ -96,7 +100,7 @@ def place(program: Program, like: TrainState, params: Parameters) -> Parameters:
     Raises:
         ValueError: they are not this model's; every difference is listed, up to ten.
     """
-    given, expected = flatten(params), flatten(like.params)
+    given, expected = flatten(require_params(params)), flatten(like.params)
     expected = {
         path: leaf
         for path, leaf in expected.items()

@@ -4,6 +4,7 @@ from functools import partial
 from io import BytesIO
 from typing import Any
 
+from ..._extras import install
 from .schedule import Kind, Operation
 from .simulate import Simulation
 
@@ -28,13 +29,13 @@ def chart(simulation: Simulation, title: str | None = None) -> Any:
     Thin lines are the bounds of synchronous ticks, grey what a tick spends on embedding and head.
 
     Raises:
-        ImportError: without matplotlib, which `pip install 'shardlm[plots]'` brings.
+        ImportError: without matplotlib, which the extra plots brings.
     """
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
-        raise ImportError("charts need matplotlib: pip install 'shardlm[plots]'") from error
+        raise ImportError(f"charts need matplotlib: {install('plots')}") from error
     stages, longest = len(simulation.work), simulation.makespan
     shortest = min(span.end - span.start for span in simulation.spans if span.end > span.start)
     width = min(max(6.0, 0.3 * longest / shortest), 24.0)
