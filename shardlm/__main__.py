@@ -163,12 +163,13 @@ def _of_devices(layout: sl.Layout, devices: int | None) -> sl.Layout:
     free = [axis for axis, size in layout.sizes.items() if size == -1]
     if free and devices is None:
         raise ValueError(f"--layout {layout}: {free[0]}=-1 is not filled yet: say with --devices how many there are")
-    if not free and devices not in (None, layout.num_devices):
-        raise ValueError(
-            f"--layout {layout} has {layout.num_devices} devices, and --devices says {devices}: leave one out, or set "
-            "a size to -1"
-        )
-    return layout.resolve(devices or layout.num_devices)
+    try:
+        return layout.resolve(devices or layout.num_devices)
+    except sl.LayoutError as error:
+        if free:
+            raise
+        said = str(error).split(". ")[0]  # what follows is advice for Python
+        raise ValueError(f"{said}, as --devices says: leave --devices out, or set a size to -1") from error
 
 
 def verify(options: argparse.Namespace) -> int:

@@ -129,7 +129,12 @@ def test_a_run_prints_its_plan_its_progress_and_a_sample(whole):
     ]
     for pattern, line in zip(expected, lines[at - 3 :], strict=False):
         assert re.fullmatch(pattern, line), (pattern, line)
-    assert lines[-1] == "-" * 80
+    end = lines.index(f"the model and its tokenizer are in {folder}:")
+    assert lines[end - 2] == "-" * 80
+    commands = [line.split("#")[0].split() for line in lines[end + 1 :]]
+    assert [words[:4] for words in commands] == [["python", "-m", "shardlm", name] for name in
+                                                 ("generate", "convert", "checkpoints", "train")]  # fmt: skip
+    assert commands[-1][-2:] == ["--steps", "240"]
     found = losses(folder)
     assert list(found) == list(range(10, 121, 10))
     assert found[120] < found[10] - 1
@@ -140,7 +145,11 @@ def test_a_run_without_evaluation_and_sample(run):
     assert (status, errors) == (0, "")
     assert "held out 0 documents" in output
     assert "computing in bfloat16" in output
-    assert output.splitlines()[-1].startswith("step     2/2  loss 5.")
+    lines = output.splitlines()
+    assert lines[-5].startswith("step     2/2  loss 5.")
+    assert lines[-3].startswith("this model was not kept")
+    assert lines[-2].endswith("--checkpoint-dir runs/mine")
+    assert lines[-1] == "  python -m shardlm generate --model runs/mine --prompt 'def '"
 
 
 def test_a_run_goes_on_on_another_layout(whole, run, tmp_path):

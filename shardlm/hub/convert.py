@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from shardlm._dtypes import SHORT, full_name
+from shardlm._dtypes import full_name
 from shardlm.hub.files import DTYPES, Tensors, folder_of, read_config
 from shardlm.hub.match import match, one_dtype
 from shardlm.hub.registry import family_of_file
@@ -49,7 +49,7 @@ def convert(options: argparse.Namespace) -> int:
     dtype = full_name(options.dtype)
     legal = {str(known): known for known in DTYPES.values()}
     if dtype is not None and dtype not in legal:
-        raise ValueError(f"--dtype {options.dtype}; it is one of {', '.join((*legal, *SHORT))}")
+        raise ValueError(f"--dtype {options.dtype}; it is one of bf16, f16, f32, {', '.join(legal)}")
     parse_size(options.max_shard_size)
     check_target(options.target, options.overwrite)
     source = Path(options.source).expanduser()
