@@ -2,6 +2,9 @@
 
 import argparse
 import difflib
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +33,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def program(module: str = "shardlm") -> str:
-    """How this program was started, for lines that say what to type next: `shardlm`, or `python -m shardlm`."""
-    return module if Path(sys.argv[0]).stem == module else f"python -m {module}"
+    """How to start this program once more, for lines that say what to type next: `shardlm`, or `python -m shardlm`.
+
+    Where the environment is not activated, with the path of its Python: `.venv/bin/python -m shardlm`.
+    """
+    if Path(sys.argv[0]).stem == module:
+        return module
+    found = shutil.which("python")
+    if found is not None and Path(found).parent == Path(sys.executable).parent:
+        return f"python -m {module}"
+    near = os.path.relpath(sys.executable)
+    return f"{shlex.quote(sys.executable if near.startswith('..') else near)} -m {module}"
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

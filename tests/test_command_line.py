@@ -16,6 +16,7 @@ import pytest
 
 import shardlm as sl
 from shardlm.__main__ import main
+from shardlm._command_line import program
 from shardlm.checkpoint import Checkpoints
 from shardlm.parallel import zero
 from tests import xla
@@ -131,9 +132,8 @@ def test_a_run_prints_its_plan_its_progress_and_a_sample(whole):
         assert re.fullmatch(pattern, line), (pattern, line)
     end = lines.index(f"the model and its tokenizer are in {folder}:")
     assert lines[end - 2] == "-" * 80
-    commands = [line.split("#")[0].split() for line in lines[end + 1 :]]
-    assert [words[:4] for words in commands] == [["python", "-m", "shardlm", name] for name in
-                                                 ("generate", "convert", "checkpoints", "train")]  # fmt: skip
+    commands = [line.strip().removeprefix(program()).split("#")[0].split() for line in lines[end + 1 :]]
+    assert [words[0] for words in commands] == ["generate", "convert", "checkpoints", "train"]
     assert commands[-1][-2:] == ["--steps", "240"]
     found = losses(folder)
     assert list(found) == list(range(10, 121, 10))
@@ -149,7 +149,7 @@ def test_a_run_without_evaluation_and_sample(run):
     assert lines[-5].startswith("step     2/2  loss 5.")
     assert lines[-3].startswith("this model was not kept")
     assert lines[-2].endswith("--checkpoint-dir runs/mine")
-    assert lines[-1] == "  python -m shardlm generate --model runs/mine --prompt 'def '"
+    assert lines[-1] == f"  {program()} generate --model runs/mine --prompt 'def '"
 
 
 def test_a_run_goes_on_on_another_layout(whole, run, tmp_path):

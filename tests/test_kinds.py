@@ -152,6 +152,15 @@ def test_batches_of_another_kind(trainer):
         trainer.place(np.zeros((2, 8), np.int32))
 
 
+def test_what_is_saved_and_what_it_is_restored_onto(trainer, tmp_path):
+    for state, message in (("a", "state: a state is made of jax.Arrays"), (trainer, "state: a state is made of")):
+        with pytest.raises(TypeError, match=message):
+            sl.save(tmp_path / "a", state)
+    for target in (CONFIG, None, "trainer", {}):
+        with pytest.raises(TypeError, match="target is .*; it is a sl.Trainer, or a pytree of jax.ShapeDtypeStructs"):
+            sl.restore(tmp_path / "a", target)
+
+
 LAYOUT = "fsdp=4,tensor=2"
 
 
@@ -288,13 +297,23 @@ def test_the_lines_that_install_extras_are_made_in_one_place():
 
 
 @pytest.mark.parametrize(
-    ("started", "said"),
-    [("/x/.venv/bin/shardlm", "shardlm"), ("/x/shardlm/__main__.py", "python -m shardlm"), ("", "python -m shardlm")],
+    ("started", "found", "said"),
+    [
+        ("/x/.venv/bin/shardlm", "/x/.venv/bin/python", "shardlm"),
+        ("/x/shardlm/__main__.py", "/x/.venv/bin/python", "python -m shardlm"),
+        ("/x/shardlm/__main__.py", "/usr/bin/python", ".venv/bin/python -m shardlm"),
+        ("/x/shardlm/__main__.py", None, ".venv/bin/python -m shardlm"),
+    ],
 )
-def test_commands_are_said_as_the_program_was_started(started, said, monkeypatch):
+def test_commands_are_said_so_that_they_can_be_typed(started, found, said, monkeypatch):
     monkeypatch.setattr("sys.argv", [started])
+    monkeypatch.setattr("sys.executable", "/x/.venv/bin/python")
+    monkeypatch.setattr("shutil.which", lambda name: found)
+    monkeypatch.setattr("os.getcwd", lambda: "/x")
     assert program() == said
     assert _parser().prog == said
+    monkeypatch.setattr("os.getcwd", lambda: "/y")
+    assert program().startswith(("/x/.venv/bin/python", "python", "shardlm"))
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,11 @@ def restore(
     path = absolute(path)
     padded_rows: Rows = rows or getattr(target, "padded_rows", lambda leaf_path, shape: None)
     target = getattr(target, "abstract_state", target)
+    if not any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(target)):
+        raise TypeError(
+            f"target is {type(target).__name__} {str(target)[:40]!r}; it is a sl.Trainer, or a pytree of "
+            "jax.ShapeDtypeStructs with shardings: it says where the arrays go"
+        )
     abstract, treedef = flatten(target if only is None else _field(target, only))
     if only is not None:
         abstract = {f"{only}/{name}" if name else only: leaf for name, leaf in abstract.items()}

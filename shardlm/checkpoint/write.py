@@ -195,7 +195,9 @@ def checked(state: Any, metadata: dict | None) -> tuple[dict[str, jax.Array], di
     for name, leaf in arrays.items():
         if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             kind = f"{type(leaf).__name__} {getattr(leaf, 'dtype', '')}".strip()
-            raise TypeError(f"{name}: a state is made of jax.Arrays of numbers (of a key, its key_data), not {kind}")
+            raise TypeError(
+                f"{name or 'state'}: a state is made of jax.Arrays of numbers (of a key, its key_data), not {kind}"
+            )
     if empty := [name for name, leaf in arrays.items() if leaf.size == 0] or ([] if arrays else ["the whole state"]):
         raise ValueError(f"there are no elements to save in {', '.join(empty)}")
     try:

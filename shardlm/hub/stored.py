@@ -14,6 +14,7 @@ import jax
 
 from shardlm._dtypes import full_name
 from shardlm.checkpoint import DamagedCheckpoint, read_metadata, read_texts, restore
+from shardlm.checkpoint.processes import exchange
 from shardlm.checkpoint.record import absolute, is_checkpoint, steps_in
 from shardlm.data import BPETokenizer, ByteTokenizer, kept
 from shardlm.hub.files import folder_of, read_config, read_json
@@ -84,7 +85,7 @@ def made_of(files: dict[str, bytes]) -> Any:
 
 def tokenizer_to_resume(directory: str | os.PathLike | None) -> Any:
     """The tokenizer of the newest whole checkpoint of a run; None where there is none, or none that keeps one."""
-    steps = [] if directory is None else steps_in(absolute(directory))
+    steps = [] if directory is None else exchange(steps_in(absolute(directory)))[0]
     for step in reversed(steps):
         try:
             return load_tokenizer(Path(str(directory)).expanduser() / str(step))

@@ -127,7 +127,7 @@ def test_targets_equal_to_tokens_are_refused_and_those_moved_on_are_not(trainer,
 @pytest.mark.parametrize("changes", [
     {"targets": np.where(np.arange(SEQUENCE) == 4, (TEXT + 1) % VOCABULARY, TEXT)},  # but for a column
     {"tokens": np.full((ROWS, SEQUENCE), 3), "targets": np.full((ROWS, SEQUENCE), 3)},  # a row of one token, moved on
-    {"tokens": TEXT, "targets": TEXT, "weights": np.eye(ROWS, SEQUENCE) * (np.arange(ROWS) == 1)[:, None]},  # one answer
+    {"targets": TEXT, "weights": np.eye(ROWS, SEQUENCE) * (np.arange(ROWS) == 1)[:, None]},  # one answer
     {"tokens": np.repeat([[1, 2, 3, 3]], ROWS, 0), "targets": np.repeat([[2, 3, 3, 4]], ROWS, 0),
      "weights": np.repeat([[0.0, 0, 1, 0]], ROWS, 0)},
 ])  # fmt: skip
