@@ -29,12 +29,12 @@ def as_texts(tokenizer: Any) -> dict[str, bytes]:
     """A tokenizer's files by name; empty for None.
 
     Args:
-        tokenizer: None, the files, or what has a method `files` that returns them.
+        tokenizer: None, the files, or what has a method `to_files` that returns them.
 
     Raises:
         TypeError, ValueError: it is none of these; a name is that of another folder.
     """
-    files = tokenizer.files() if callable(getattr(tokenizer, "files", None)) else tokenizer
+    files = tokenizer.to_files() if callable(getattr(tokenizer, "to_files", None)) else tokenizer
     if not isinstance(files, Mapping | None):
         raise TypeError(
             f"tokenizer is a {type(tokenizer).__name__}, which has no files to keep: give sl.data.files_of(tokenizer)"

@@ -24,7 +24,7 @@ def files_of(tokenizer: Any) -> dict[str, bytes] | None:
     """The files that make the tokenizer again, by name; None for a kind that has none.
 
     Args:
-      tokenizer: of this package or of `shardlm.hub`, which have a method `files`; a `tokenizers.Tokenizer`; one of
+      tokenizer: of this package or of `shardlm.hub`, which have a method `to_files`; a `tokenizers.Tokenizer`; one of
         `transformers`; or the `Encoder` over any of these, whose ids that begin and end a text are then kept.
     """
     if isinstance(tokenizer, Encoder):
@@ -34,8 +34,8 @@ def files_of(tokenizer: Any) -> dict[str, bytes] | None:
             return files
         ends = [tokenizer.end, *(i for i in said.get("ends", ()) if i != tokenizer.end)]
         return files | describe("hub", begin=tokenizer.begin, ends=ends)
-    if callable(files := getattr(tokenizer, "files", None)):
-        found = files()
+    if callable(to_files := getattr(tokenizer, "to_files", None)):
+        found = to_files()
     elif callable(getattr(tokenizer, "save_pretrained", None)):
         found = _saved(tokenizer)
     elif callable(getattr(tokenizer, "to_str", None)) and hasattr(tokenizer, "get_vocab_size"):

@@ -63,7 +63,7 @@ class ByteTokenizer:
         """
         return _without_end(ids, self).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
-    def files(self) -> dict[str, str]:
+    def to_files(self) -> dict[str, str]:
         """Returns the files that make it again, by name; see `shardlm.data.kept`."""
         return {"shardlm.json": '{"kind": "bytes"}'}
 
@@ -153,7 +153,7 @@ class BPETokenizer:
         """Returns the text of ids [tokens], as `ByteTokenizer.decode` does."""
         return self._tokenizer.decode(_without_end(ids, self).tolist(), skip_special_tokens=False)
 
-    def files(self) -> dict[str, str]:
+    def to_files(self) -> dict[str, str]:
         """Returns the files that make it again, by name; see `shardlm.data.kept`."""
         return {"shardlm.json": '{"kind": "bpe"}', "bpe.json": self.definition}
 

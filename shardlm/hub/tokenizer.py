@@ -74,7 +74,7 @@ class HubTokenizer:
         """The text of ids [tokens]; special tokens are left out unless `special`."""
         return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=not special)
 
-    def files(self) -> dict[str, Any]:
+    def to_files(self) -> dict[str, Any]:
         """The files that make it again, by name, a chat template too; see `shardlm.data.kept`."""
         return tokenizer_files(self) | describe("hub", begin=self.begin, ends=list(self.ends))
 

@@ -26,7 +26,7 @@ def of_run(given: Any, batches: Any) -> tuple[dict[str, bytes], str | None]:
         name = type(getattr(tokenizer, "tokenizer", tokenizer)).__name__
         return {}, (
             f"checkpoints do not keep the tokenizer: a {name} does not say of which files it is made (a method "
-            "files(), see shardlm/data/kept.py)"
+            "to_files(), see shardlm/data/kept.py)"
         )
     return files, None
 
