@@ -1,7 +1,9 @@
 """Another kind of thing than what belongs there is one error that says what it is and how to come by the right one."""
 
 import ast
+import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import jax
@@ -244,6 +246,17 @@ def test_the_version_is_one(capsys):
         main(["--version"])
     assert exit.value.code == 0
     assert capsys.readouterr().out.startswith(f"shardlm {sl.__version__}, jax {jax.__version__}, Python 3.")
+
+
+def test_the_console_script_and_the_version_are_what_pyproject_says():
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    module, function = settings["project"]["scripts"]["shardlm"].split(":")
+    assert getattr(importlib.import_module(module), function).__doc__
+    assert settings["project"]["dynamic"] == ["version"]
+    assert (
+        f'__version__ = "{sl.__version__}"'
+        in (PACKAGE.parent / settings["tool"]["hatch"]["version"]["path"]).read_text()
+    )
 
 
 # The command line

@@ -29,9 +29,9 @@ def files_of(tokenizer: Any) -> dict[str, bytes] | None:
     """
     if isinstance(tokenizer, Encoder):
         files = files_of(tokenizer.tokenizer)
-        said = None if files is None else json.loads(files[NAME])
-        if files is None or said["kind"] != "hub":
+        if files is None or kind_of(files) != "hub":
             return files
+        said = json.loads(files[NAME])
         ends = [tokenizer.end, *(i for i in said.get("ends", ()) if i != tokenizer.end)]
         return files | describe("hub", begin=tokenizer.begin, ends=ends)
     if callable(to_files := getattr(tokenizer, "to_files", None)):
