@@ -1,11 +1,12 @@
 """shardlm: write a Transformer once, lay it out over any devices, get the single device's numbers."""
 
 from shardlm import data, inspect
+from shardlm._version import __version__
 from shardlm.checkpoint import CheckpointWarning, DamagedCheckpoint, SaveError, read_metadata, restore, save
 from shardlm.generate import score
 from shardlm.generate.api import generate
 from shardlm.generate.result import Completion, Generation, Piece
-from shardlm.hub import load_hf, load_lora, save_hf, save_lora
+from shardlm.hub import load_hf, load_lora, load_tokenizer, save_hf, save_lora
 from shardlm.inspect import Report
 from shardlm.layout import Axis, Layout, LayoutError, Pipeline
 from shardlm.models import presets
@@ -61,6 +62,7 @@ __all__ = [
     "TransformerConfig",
     "Verification",
     "VerificationError",
+    "__version__",
     "adamw",
     "adapters",
     "add_lora",
@@ -71,6 +73,7 @@ __all__ = [
     "inspect",
     "load_hf",
     "load_lora",
+    "load_tokenizer",
     "match_rules",
     "merge_lora",
     "presets",

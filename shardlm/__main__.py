@@ -11,9 +11,11 @@ import jax
 import numpy as np
 
 import shardlm as sl
+from shardlm._command_line import HeldOut, Help, Parser, at_least, program
 from shardlm._text import fold, width
 from shardlm.checkpoint import command as checkpoints
 from shardlm.data import Batches, Epoch
+from shardlm.generate import after
 from shardlm.generate import command as generation
 from shardlm.hub import begin, convert
 from shardlm.inspect import topologies
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0; 1 for training that had to stop, a wrong layout or a damaged checkpoint; 2 for a mistake in the arguments.
     """
     options = _parser().parse_args(arguments)
+    options.given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         return options.run(options)
     except (ValueError, OSError, ImportError, MeetingError, *_STOPPED) as error:
@@ -43,12 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def command() -> None:
+    """What the console script `shardlm` runs: `main`, and the end of a process of several."""
+    processes.leave(main())
+
+
 def train(options: argparse.Namespace) -> int:
     """`python -m shardlm train`: print the plan, train, evaluate, and show a sample."""
     if options.init_from is None and options.ignore_fields:
         raise ValueError("--ignore-fields is for the folder of --init-from, which is not given")
     layout = _start_devices(options.layout)
-    config, tokenizer = (_config(options), None) if options.init_from is None else begin.read(options, _SIZES)
+    config, start = (_config(options), None) if options.init_from is None else begin.read(options, _SIZES)
     # Before the text is read, which may take long.
     layout.check(config, options.batch_size, options.sequence)
     if config.max_sequence is not None and options.sequence > config.max_sequence:
@@ -56,9 +64,9 @@ def train(options: argparse.Namespace) -> int:
         raise ValueError(f"sequence={options.sequence}, but {name} has {config.max_sequence} learned positions")
     if options.save_hf is not None:
         begin.check_save(config, options.save_hf)
-    tokenizer = tokenizer or options.tokenizer or "bytes"
+    tokenizer = begin.tokenizer_of_run(options, start)
     given = (options.data, tokenizer, options.sequence, options.batch_size, options.seed, options.held_out)
-    if sl.data.are_examples(options.data):
+    if _are_examples(options):
         data = sl.data.load_examples(*given, too_long=options.too_long)
     elif options.too_long is not None:
         raise ValueError(
@@ -73,7 +81,7 @@ def train(options: argparse.Namespace) -> int:
     trainer = sl.Trainer(config, layout, sl.adamw(options.learning_rate, steps=options.steps), seed=options.seed)
     room.check_step(trainer, options.batch_size, options.sequence)
     rows = trainer.local_rows(options.batch_size)  # all of them, unless other processes read the others
-    batches = Batches(data.train.packed, options.batch_size, options.seed, rows)
+    batches = Batches(data.train.packed, options.batch_size, options.seed, rows, tokenizer=data.train.tokenizer)
     held_out = None
     if data.held_out is not None:
         epoch = Epoch(data.held_out.packed, options.batch_size, rows)
@@ -110,13 +118,25 @@ def train(options: argparse.Namespace) -> int:
         _show_sample(trainer, state, data.tokenizer, options, say)
     if options.save_hf:
         say(begin.save(trainer, state, data.tokenizer, options.save_hf))
+    say(f"\n{after.what_next(options, trainer.config, data.tokenizer, options.given)}")
     return 0
+
+
+def _are_examples(options: argparse.Namespace) -> bool:
+    """Whether the files to train on are of examples; those held out are of the same kind."""
+    examples = sl.data.are_examples(options.data)
+    if not isinstance(options.held_out, float) and sl.data.are_examples(options.held_out) != examples:
+        kinds = ("text", "examples (.jsonl)")
+        raise ValueError(
+            f"--held-out {' '.join(options.held_out)} is {kinds[not examples]}, and --data {kinds[examples]}: "
+            "give both of one kind"
+        )
+    return examples
 
 
 def explain(options: argparse.Namespace) -> int:
     """`python -m shardlm explain`: what a layout costs, on as many devices as it has, which need not exist."""
-    layout = sl.Layout.parse(options.layout)
-    layout = layout.resolve(options.devices or layout.num_devices)
+    layout = _of_devices(sl.Layout.parse(options.layout), options.devices)
     devices: Any = layout.num_devices
     if options.compile == "cpu":
         if devices > _MOST_CPU_DEVICES:
@@ -143,6 +163,20 @@ def explain(options: argparse.Namespace) -> int:
     else:
         print(report)
     return 1 if report.fits is False else 0
+
+
+def _of_devices(layout: sl.Layout, devices: int | None) -> sl.Layout:
+    """The layout with its sizes filled in from `--devices`, where that is given."""
+    free = [axis for axis, size in layout.sizes.items() if size == -1]
+    if free and devices is None:
+        raise ValueError(f"--layout {layout}: {free[0]}=-1 is not filled yet: say with --devices how many there are")
+    try:
+        return layout.resolve(devices or layout.num_devices)
+    except sl.LayoutError as error:
+        if free:
+            raise
+        said = str(error).split(". ")[0]  # what follows is advice for Python
+        raise ValueError(f"{said}, as --devices says: leave --devices out, or set a size to -1") from error
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -237,28 +271,12 @@ def _show_sample(
     say("-" * 80)
 
 
+def _versions() -> str:
+    return f"shardlm {sl.__version__}, jax {jax.__version__}, Python {sys.version.split()[0]}"
+
+
 def _silent(*_: Any, **__: Any) -> None:
     pass
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-
-def _at_least(minimum: float, kind: type = int) -> Callable[[str], Any]:
-    """A `type` of argparse: a number that is not below `minimum`."""
-
-    def number(text: str) -> Any:
-        value = kind(text)
-        if not minimum <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {minimum} on")
-        return value
-
-    number.__name__ = kind.__name__  # argparse says "invalid int value"
-    return number
 
 
 def _add_model(add: Callable[..., Any], add_start: Callable[..., Any] | None = None) -> None:
@@ -267,43 +285,51 @@ def _add_model(add: Callable[..., Any], add_start: Callable[..., Any] | None = N
         help="sizes of a new model, a name in sl.presets (default: tiny); train takes the tokenizer's vocabulary",
     )
     for name in _SIZES:
-        add(f"--{name.replace('_', '-')}", type=_at_least(1), help="instead of the preset's")
+        add(f"--{name.replace('_', '-')}", type=at_least(1), help="instead of the preset's")
     add("--dropout", type=float, help="instead of the preset's")
-    add("--dtype", help="of the computation, instead of the preset's: float32 or bfloat16 (verify: float32 or float64)")
+    add(
+        "--dtype",
+        help="of the computation, instead of the preset's: float32 (f32) or bfloat16 (bf16); of verify: float32, "
+        "float64",
+    )
     add("--attention", choices=("xla", "chunked", "cudnn"), help="how it is computed, instead of the preset's way")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m shardlm", description="Transformers on any layout of devices.")
+    parser = Parser(prog=program(), description="Transformers on any layout of devices.")
+    parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser(
         "train",
         help="train a Transformer on text",
         description="Train a decoder-only Transformer on text, evaluate it on held-out documents, and show a sample.",
-        formatter_class=_Help,
+        formatter_class=Help,
     )
     command.set_defaults(run=train)
     add = command.add_argument
 
-    count, size = _at_least(0), _at_least(1)
+    count, size = at_least(0), at_least(1)
     add("--layout", help='"data=2,fsdp=2,tensor=2,zero=3,sequence_parallel"; one size may be -1; also accumulate=, '
         "remat= (default: data=2,fsdp=2,tensor=2 on 8 devices, else fsdp=-1)")  # fmt: skip
     one_of = command.add_mutually_exclusive_group().add_argument
     begin.add_init_from(one_of)
     _add_model(add, one_of)
-    add("--data", nargs="+", help="text files or folders (default: the sources of Python's standard library), or "
-        ".jsonl files of examples, prompts and completions, of which the completions are learned")  # fmt: skip
+    add("--data", nargs="+", help="text files or folders (default: the sources of Python's standard library), "
+        'also .jsonl files of lines such as {"text": ...}; or .jsonl files of examples, prompts and completions, whose '
+        "completions are learned")  # fmt: skip
     add(
         "--too-long",
         choices=("truncate", "drop"),
         help="what to do with examples longer than --sequence, else an error",
     )
-    add("--tokenizer", help='"bytes" (the default), or "bpe:8192" to train byte-level BPE (extra hf)')
-    add("--held-out", type=float, default=0.05, help="fraction of documents kept for evaluation; 0 for none")
+    add("--tokenizer", help='"bytes" (the default), or "bpe:8192" to train byte-level BPE (extra hf); a run goes on '
+        "with the one in its checkpoints")  # fmt: skip
+    add("--held-out", nargs="+", action=HeldOut, default=0.05, help="fraction of documents kept for "
+        "evaluation, 0 for none, of a single document its end; or files or folders to evaluate on")  # fmt: skip
     add("--steps", type=size, default=400, help="updates in all, those before a resumption included")
     add("--batch-size", type=size, default=16, help="rows per step, over all devices")
     add("--sequence", type=size, default=128, help="tokens per row")
-    add("--learning-rate", type=_at_least(0, float), default=3e-3, help="peak of warm-up and cosine")
+    add("--learning-rate", type=at_least(0, float), default=3e-3, help="peak of warm-up and cosine")
     add("--seed", type=int, default=0, help="of parameters, dropout, order of batches and the sample")
     add("--checkpoint-dir", help="save here, and resume from here if there is something, on any layout")
     add("--accept-changes", action="store_true", help="resume although the data, their order or --sequence are others")
@@ -319,14 +345,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--evaluate-batches", type=size, default=32, help="held-out batches to evaluate on")
     add("--sample", type=count, default=200, help="tokens of text to show at the end; 0 for none")
     add("--prompt", default="def ", help="what the sample continues (default: %(default)r)")
-    add("--temperature", type=_at_least(0, float), default=0.7, help="of the sample; 0 takes the likeliest token")
+    add("--temperature", type=at_least(0, float), default=0.7, help="of the sample; 0 takes the likeliest token")
 
     command = commands.add_parser(
         "explain",
         help="what a layout costs, before you rent it",
         description="Say what a training step keeps, sends and computes on each device, and how long that takes at "
         "best. Nothing is run, and the devices need not exist. Exits with 1 where the memory is not enough.",
-        formatter_class=_Help,
+        formatter_class=Help,
     )
     command.set_defaults(run=explain)
     add = command.add_argument
@@ -346,7 +372,7 @@ def _parser() -> argparse.ArgumentParser:
     template.add(commands)
     convert.add_command(commands)
     checkpoints.add(commands)
-    generation.add(commands, _Help)
+    generation.add(commands, Help)
     return parser
 
 
@@ -356,17 +382,17 @@ def _add_verify(commands: Any) -> None:
         help="check that a layout computes what one device computes",
         description="Compare losses, gradients, parameters and optimizer state of a layout with those of one device, "
         "on random data, and name the first place where they part.",
-        formatter_class=_Help,
+        formatter_class=Help,
     )
     command.set_defaults(run=verify)
     add = command.add_argument
     add("--layout", help="as of train (default: data=2,fsdp=2,tensor=2 on 8 devices, else fsdp=-1)")
     _add_model(add)
-    add("--steps", type=_at_least(1), default=3, help="updates after which parameters are compared")
+    add("--steps", type=at_least(1), default=3, help="updates after which parameters are compared")
     add("--engine", default="manual", help="manual or auto")
     add("--seed", type=int, default=0, help="of parameters, data and dropout")
     add("--tolerance", type=float, help="relative to a leaf's largest element (default: from the arithmetic)")
 
 
 if __name__ == "__main__":
-    processes.leave(main())
+    command()

@@ -5,7 +5,6 @@ built, against a model in `check`, and against the devices in `mesh`; each error
 """
 
 import dataclasses
-import difflib
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from shardlm._errors import LayoutError, is_int, raise_all
 from shardlm._layout_table import REDUCE_GRADIENTS, REMAT, ZERO, as_html, as_text
+from shardlm._layout_text import read
 from shardlm._pipeline import Pipeline
 from shardlm._placement import place
 
@@ -135,31 +135,28 @@ class Layout:
             True
         """
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        settings: dict[str, Any] = {}
-        problems = []
-        for item in filter(None, (part.strip() for part in text.split(","))):
-            name, equals, value = (part.strip() for part in item.partition("="))
-            if name not in defaults:
-                close = difflib.get_close_matches(name, defaults, n=1)
-                hint = f"did you mean {close[0]!r}? " if close else ""
-                problems.append(f"unknown setting {name!r}: {hint}legal are {', '.join(defaults)}")
-            elif name in settings:
-                problems.append(f"{name} is given twice")
-            elif isinstance(defaults[name], bool):
-                settings[name] = value.lower() == "true" or not equals
-                if equals and value.lower() not in ("true", "false"):
-                    problems.append(f"{item!r}: {name} is a flag, bare or with =true or =false")
-            elif isinstance(defaults[name], int):
-                try:
-                    settings[name] = int(value)
-                except ValueError:
-                    problems.append(f"{item!r}: {name} takes an integer, as in {name}=2")
-            elif name == "pipeline":
-                settings[name] = Pipeline.parse(value)
-            else:
-                settings[name] = value
+        settings, problems = read(text, defaults, {"pipeline": Pipeline.parse})
         raise_all(f"cannot read the layout {text!r}", problems)
         return cls(**settings)
+
+    @classmethod
+    def of(cls, layout: "Layout | str | None") -> Self:
+        """The layout that a user gave: itself, what a text describes, or one device for None.
+
+        Raises:
+            LayoutError: the text describes no layout.
+            TypeError: it is neither; settings in a dict, for example, go to the constructor: Layout(**settings).
+        """
+        if isinstance(layout, str):
+            return cls.parse(layout)
+        if layout is None:
+            return cls()
+        if not isinstance(layout, cls):
+            raise TypeError(
+                f"layout is {_kind(layout)}; give a sl.Layout, as in sl.Layout(data=2, tensor=4), or its text, as in "
+                '"data=2,tensor=4"'
+            )
+        return layout
 
     def __str__(self) -> str:
         """What differs from the defaults, in the form `parse` reads."""
@@ -180,7 +177,10 @@ class Layout:
         """Number of devices in the mesh. Raises LayoutError while a size is -1."""
         for axis, size in self.sizes.items():
             if size == -1:
-                raise LayoutError(f"{axis}=-1 is not filled yet: call resolve(number of devices) first")
+                raise LayoutError(
+                    f"{axis}=-1 is not filled yet: give {axis} a size, or fill it in from the number of devices, as a "
+                    "Trainer does and layout.resolve(number)"
+                )
         return math.prod(self.sizes.values())
 
     @property
@@ -347,6 +347,11 @@ class Layout:
 
     def _repr_html_(self) -> str:
         return as_html(self)
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"the class {value.__name__}" if isinstance(value, type) else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _legal(choices: Iterable[Any]) -> str:

@@ -77,7 +77,7 @@ class _Rule:
 def match_rules(
     shapes: Any,
     rules: Sequence[tuple[str, PartitionSpec]] | None,
-    layout: Layout,
+    layout: Layout | str,
     annotations: Mapping[str, PartitionSpec] | None = None,
 ) -> ParameterTable:
     """The table of specs of parameters that need not exist yet.
@@ -87,7 +87,7 @@ def match_rules(
             `nnx.state(nnx.eval_shape(make), nnx.Param)`, whose annotations are then read too.
         rules: (regular expression, spec) pairs, the first that is found in a path decides. None: annotations and ZeRO
             decide; else every parameter needs a rule or an annotation.
-        layout: its sizes filled in.
+        layout: its sizes filled in; a `Layout` or its text.
         annotations: specs that a module carries, by path.
 
     Raises:
@@ -103,6 +103,7 @@ def match_rules(
         >>> match_rules(shapes, [("kernel$", P(None, "tensor"))], Layout(fsdp=2, tensor=4)).splits["mlp/kernel"].stored
         PartitionSpec('fsdp', 'tensor')
     """
+    layout = Layout.of(layout)
     assert layout.num_devices  # an error while a size is -1
     leaves, read = flatten_parameters(shapes)
     annotations = read | dict(annotations or {})

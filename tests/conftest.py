@@ -76,7 +76,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if not topologies.installed(platform):
             terminalreporter.write_line(
                 f"not compiled afresh for {platform}, only read from recorded texts: its compiler is not installed "
-                f"(pip install 'shardlm[{extra}]')"
+                f"(pip install -e '.[{extra}]')"
             )
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         terminalreporter.write_line(

@@ -21,7 +21,8 @@ MAX_LINES = 400
 # parentheses do not import each other. The last two are the command line and see everything.
 ORDER = (
     ("_text",),  # numbers of bytes, lines and tables as people read them
-    ("_errors", "_arguments"),
+    # words: of arguments, options, dtypes, errors, extras, layouts
+    ("_arguments", "_command_line", "_dtypes", "_errors", "_extras", "_layout_text", "_version"),
     ("_layout_table", "_placement", "_rules_table", "_pipeline"),  # what layout.py and rules.py print, hold and place
     ("layout",),
     ("dims",),
@@ -40,6 +41,7 @@ ORDER = (
 INDEPENDENT = {"data", "checkpoint"}  # import nothing of shardlm but what is for all
 FOR_ALL = {  # import nothing of shardlm but each other, and every layer may import them
     "shardlm._arguments",
+    "shardlm._extras",
     "shardlm._text",
     "shardlm.runtime.strangers",
     "shardlm.runtime.paths",

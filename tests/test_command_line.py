@@ -16,6 +16,7 @@ import pytest
 
 import shardlm as sl
 from shardlm.__main__ import main
+from shardlm._command_line import program
 from shardlm.checkpoint import Checkpoints
 from shardlm.parallel import zero
 from tests import xla
@@ -131,7 +132,11 @@ def test_a_run_prints_its_plan_its_progress_and_a_sample(whole):
     ]
     for pattern, line in zip(expected, lines[at - 3 :], strict=False):
         assert re.fullmatch(pattern, line), (pattern, line)
-    assert lines[-1] == "-" * 80
+    end = lines.index(f"the model and its tokenizer are in {folder}:")
+    assert lines[end - 2] == "-" * 80
+    commands = [line.strip().removeprefix(program()).split("#")[0].split() for line in lines[end + 1 :]]
+    assert [words[0] for words in commands] == ["generate", "convert", "checkpoints", "train"]
+    assert commands[-1][-2:] == ["--steps", "240"]
     found = losses(folder)
     assert list(found) == list(range(10, 121, 10))
     assert found[120] < found[10] - 1
@@ -142,7 +147,11 @@ def test_a_run_without_evaluation_and_sample(run):
     assert (status, errors) == (0, "")
     assert "held out 0 documents" in output
     assert "computing in bfloat16" in output
-    assert output.splitlines()[-1].startswith("step     2/2  loss 5.")
+    lines = output.splitlines()
+    assert lines[-5].startswith("step     2/2  loss 5.")
+    assert lines[-3].startswith("this model was not kept")
+    assert lines[-2].endswith("--checkpoint-dir runs/mine")
+    assert lines[-1] == f"  {program()} generate --model runs/mine --prompt 'def '"
 
 
 def test_a_run_goes_on_on_another_layout(whole, run, tmp_path):
@@ -214,7 +223,8 @@ def test_a_mistake_is_one_error_and_status_2(run, arguments, message):
         ("--learning-rate nan", "argument --learning-rate: nan is not a number from 0 on"),
         ("--evaluate-batches 0", "argument --evaluate-batches: 0 is not a number from 1 on"),
         ("--d-model 16.0", "argument --d-model: invalid int value: '16.0'"),
-        ("--layers 3", "unrecognized arguments: --layers 3"),
+        ("--layers 3", "unrecognized arguments: --layers 3 (did you mean --num-layers?)"),
+        ("--step 3", "unrecognized arguments: --step 3 (did you mean --steps?)"),
     ],
 )
 def test_a_number_out_of_range_is_refused_before_anything_else(run, arguments, message, capsys):
@@ -278,7 +288,7 @@ def test_a_folder_that_cannot_be_written_and_a_missing_extra_are_mistakes(run, t
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     status, _, errors = run("--steps 1 --tensorboard --log-dir", tmp_path)
     assert status == 2
-    assert errors == "error: tensorboard=True needs tensorboardX: pip install 'shardlm[tensorboard]'\n"
+    assert errors.startswith("error: tensorboard=True needs tensorboardX: pip install -e '.[tensorboard]'")
 
 
 def test_a_loss_that_is_not_finite_is_status_1(run):

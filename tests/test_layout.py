@@ -208,7 +208,7 @@ def test_a_filled_size_is_checked_again():
 def test_an_unresolved_layout_has_no_numbers():
     layout = Layout(data=-1)
     for number in ("num_devices", "batch_axes", "batch_shards"):
-        with pytest.raises(LayoutError, match="data=-1 is not filled yet: call resolve"):
+        with pytest.raises(LayoutError, match="data=-1 is not filled yet: give data a size"):
             getattr(layout, number)
     with pytest.raises(LayoutError, match="data=-1 is not filled yet"):
         layout.check(config())

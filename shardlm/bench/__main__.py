@@ -1,9 +1,9 @@
 """The command line of the benchmarks: `python -m shardlm.bench step`, `pipeline`, `generate` and others."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 
+from shardlm._command_line import Parser
 from shardlm.bench import checkpoint, cold, compile, faults, generate, pipeline, step
 
 
@@ -17,9 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """What the command line takes."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m shardlm.bench",
         description="Measure shardlm on this machine. Each command's --help says what its numbers mean.",
     )

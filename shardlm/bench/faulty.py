@@ -3,7 +3,6 @@
 `python -m shardlm.bench.faulty FOLDER`, one process or one of several.
 """
 
-import argparse
 import itertools
 import sys
 import time
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 import shardlm as sl
+from shardlm._command_line import Parser
 from shardlm.data import Batches
 from shardlm.data.packing import Packed
 
@@ -56,7 +56,7 @@ def train(trainer: sl.Trainer, folder: Path, pause: float = 0.0, verbose: bool =
 
 def main() -> int:
     """As a process of a run."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pause", type=float, default=0.1, help="seconds before each batch")
     parser.add_argument("--layout", default=LAYOUT)

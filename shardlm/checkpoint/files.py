@@ -20,10 +20,18 @@ from .mapping import rounds, sources
 from .processes import errors_of_all, exchange, is_first
 from .record import STATE, absolute, damaged, for_orbax, is_checkpoint, known_steps, read_record
 from .rows import Rows, changes
+from .texts import as_texts
 from .write import Write, checked, flatten
 
 
-def save(path: str | os.PathLike, state: Any, metadata: dict | None = None, *, overwrite: bool = False) -> None:
+def save(
+    path: str | os.PathLike,
+    state: Any,
+    metadata: dict | None = None,
+    *,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+) -> None:
     """Writes one checkpoint and returns when it is complete on disk.
 
     The folder gets its name once everything in it is written, flushed and hashed: a kill before that leaves nothing at
@@ -36,6 +44,8 @@ def save(path: str | os.PathLike, state: Any, metadata: dict | None = None, *, o
         metadata: what else to keep (configuration, layout, position in the data, versions): a dict that JSON can hold,
             the same on all processes. Tuples come back as lists.
         overwrite: replace the checkpoint at `path`. Anything else there is refused all the same.
+        tokenizer: of the model, to be kept with it (`sl.load_tokenizer(path)` reads it): one of `sl.data` or
+            `sl.load_hf`, or its files by name, as `sl.data.files_of` makes them of others.
 
     Raises:
         ValueError: there is something at `path`; `metadata` is not JSON.
@@ -55,7 +65,7 @@ def save(path: str | os.PathLike, state: Any, metadata: dict | None = None, *, o
         problem = _cannot_replace(path, overwrite)
     if problem := exchange(problem)[0]:
         raise ValueError(problem)
-    Write(path, arrays, record, replace=overwrite).wait()
+    Write(path, arrays, record, replace=overwrite, texts=as_texts(tokenizer)).wait()
 
 
 def _cannot_replace(path: Path, overwrite: bool) -> str:
@@ -117,6 +127,11 @@ def restore(
     path = absolute(path)
     padded_rows: Rows = rows or getattr(target, "padded_rows", lambda leaf_path, shape: None)
     target = getattr(target, "abstract_state", target)
+    if not any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(target)):
+        raise TypeError(
+            f"target is {type(target).__name__} {str(target)[:40]!r}; it is a sl.Trainer, or a pytree of "
+            "jax.ShapeDtypeStructs with shardings: it says where the arrays go"
+        )
     abstract, treedef = flatten(target if only is None else _field(target, only))
     if only is not None:
         abstract = {f"{only}/{name}" if name else only: leaf for name, leaf in abstract.items()}

@@ -75,13 +75,22 @@ class Checkpoints:
             raise SaveError(f"cannot save to {self.directory}: {text}") from error
         self._claimed = True
 
-    def save(self, step: int, state: Any, metadata: dict | None = None, *, loss: float | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        metadata: dict | None = None,
+        *,
+        loss: float | None = None,
+        texts: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Starts to save, once the previous save has ended; `state` may be donated as soon as this returns.
 
         Args:
             step: beyond the latest one.
             state, metadata: see `shardlm.save`.
             loss: what `keep_best` compares.
+            texts: files of the tokenizer, by name.
 
         Raises:
             ValueError: `step` is not beyond the latest one; `metadata` is not JSON.
@@ -95,7 +104,7 @@ class Checkpoints:
             raise ValueError(f"cannot save step {step} to {where}: steps only go up; after going back use another")
         arrays, record = checked(state, metadata)
         record |= {"step": step, "loss": loss}
-        self._running = Write(self.directory / str(step), arrays, record, after=self._remove_surplus)
+        self._running = Write(self.directory / str(step), arrays, record, after=self._remove_surplus, texts=texts)
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, ascending; any of them may turn out to be damaged."""

@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .fields import describe_array
 from .hashes import digest_files, names_in
 from .processes import CheckpointWarning, SaveError, barrier, errors_of_all, exchange, is_first, reason
 from .record import FORMAT, LARGEST, STATE, for_orbax, write_record
+from .texts import TEXTS
 
 
 class Write:
@@ -45,6 +46,8 @@ class Write:
         record: what metadata.json is to say beside the arrays and files.
         after: called in the first process's thread when the checkpoint is there. An error of it is a warning.
         replace: whether the checkpoint that is at `path` is to go.
+        after: called in the first process's thread when the checkpoint is there.
+        texts: files of the tokenizer, by name.
 
     Raises:
         SaveError: the folder cannot be made.
@@ -58,6 +61,7 @@ class Write:
         after: Callable[[], None] = lambda: None,
         *,
         replace: bool = False,
+        texts: Mapping[str, bytes] | None = None,
     ):
         self.path, self._replace = path, replace
         self._work: Work | None = None  # of the first process alone
@@ -65,6 +69,7 @@ class Write:
         self._record, self._digests = record, start(arrays)
         self._shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
         self._after = after
+        self._texts = dict(texts or {})
         self._error: BaseException | None = None
         try:
             if is_first():
@@ -133,6 +138,10 @@ class Write:
             return
         if errors:
             raise errors[0]
+        if is_first() and self._texts:
+            (self.unfinished / TEXTS).mkdir()
+            for name, content in self._texts.items():
+                (self.unfinished / TEXTS / name).write_bytes(content)
         index = jax.process_index()
         folders = f"{STATE}/ocdbt.process_{index}/", f"{STATE}/array_metadatas/process_{index}"
         names = [name for name in names_in(self.unfinished) if name.startswith(folders[0]) or name == folders[1]]
@@ -205,7 +214,9 @@ def checked(state: Any, metadata: dict | None) -> tuple[dict[str, jax.Array], di
     for name, leaf in arrays.items():
         if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             kind = f"{type(leaf).__name__} {getattr(leaf, 'dtype', '')}".strip()
-            raise TypeError(f"{name}: a state is made of jax.Arrays of numbers (of a key, its key_data), not {kind}")
+            raise TypeError(
+                f"{name or 'state'}: a state is made of jax.Arrays of numbers (of a key, its key_data), not {kind}"
+            )
     if empty := [name for name, leaf in arrays.items() if leaf.size == 0] or ([] if arrays else ["the whole state"]):
         raise ValueError(f"there are no elements to save in {', '.join(empty)}")
     try:

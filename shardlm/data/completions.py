@@ -192,6 +192,11 @@ def load_examples(
     """
     examples = read_examples(path)
     if isinstance(held_out, int | float | np.number):
+        if held_out and len(examples) < 2:
+            raise ValueError(
+                "cannot hold out examples: there is one, and both sides need some; name a file of its own as held_out "
+                "(--held-out), or pass held_out=0 to train without evaluation"
+            )
         # By the hash of its text; the index leads back to the example.
         sides = split_documents([Document(e.text, str(i)) for i, e in enumerate(examples)], float(held_out))
         train, held = ([examples[int(document.text)] for document in side] for side in sides)
@@ -203,7 +208,7 @@ def load_examples(
     encoder = Encoder.of(tokenizer, end, begin)
     packed = Completions(train, sequence, encoder, too_long)
     return TextData(
-        train=Batches(packed, batch_size, seed, rows),
+        train=Batches(packed, batch_size, seed, rows, tokenizer=encoder),
         held_out=Epoch(Completions(held, sequence, encoder, too_long), batch_size, rows) if held else None,
         tokenizer=tokenizer,
     )

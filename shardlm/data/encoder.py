@@ -18,12 +18,14 @@ class Encoder:
       vocab_size: number of ids.
       end: the id that ends what is learned, and fills rows.
       begin: the id in front of every example; None for none.
+      tokenizer: what it is over.
     """
 
     encode: Callable[[str], np.ndarray]
     vocab_size: int
     end: int
     begin: int | None
+    tokenizer: Any = None
 
     @classmethod
     def of(cls, tokenizer: Any, end: int | None = None, begin: int | None = None) -> Encoder:
@@ -59,7 +61,7 @@ class Encoder:
                     f"{name}=, the id of its token for that"
                 )
         assert end is not None
-        return cls(_plain(tokenizer), size, int(end), None if begin is None else int(begin))
+        return cls(_plain(tokenizer), size, int(end), None if begin is None else int(begin), tokenizer)
 
 
 def _size(tokenizer: Any) -> int:

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from shardlm.data.apart import check_once
+from shardlm.data.lines import SHOWN as _SHOWN
+from shardlm.data.lines import SUFFIX, kind, numbered
+from shardlm.runtime.paths import local_path
 
-_SHOWN = 5
 _FORMS = 'a line is {"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 _ROLES = ("system", "user", "assistant")
 
@@ -55,13 +56,18 @@ class Example(NamedTuple):
 
 
 def are_examples(paths: Any) -> bool:
-    """Whether these are files of examples, by their name's end, `.jsonl`.
+    """Whether these are files of examples: their names end in `.jsonl`, and their lines hold no {"text": ...}.
 
     Raises:
       ValueError: some are and some are not.
     """
     items = [paths] if isinstance(paths, str | os.PathLike) else list(paths or ())
-    named = [isinstance(item, str | os.PathLike) and os.fspath(item).endswith(".jsonl") for item in items]
+    named = [
+        isinstance(item, str | os.PathLike)
+        and os.fspath(item).endswith(SUFFIX)
+        and kind(local_path(item, "data")) != "documents"
+        for item in items
+    ]
     if any(named) and not all(named):
         others = ", ".join(repr(str(item)) for item, is_named in zip(items, named, strict=True) if not is_named)
         raise ValueError(f"examples (.jsonl) and text are not mixed: leave out {others}, or train on one after another")
@@ -85,7 +91,7 @@ def read_examples(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
       >>> read_examples("questions.jsonl")[0].pieces  # doctest: +SKIP
       (Piece(text='2 + 2? ', learned=False), Piece(text='4', learned=True))
     """
-    files = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+    files = [local_path(path, "data") for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     if missing := [str(file) for file in files if not file.is_file()]:
         raise ValueError(f"no such file: {', '.join(missing)}")
     check_once(files, hard_links=True)
@@ -96,7 +102,7 @@ def read_examples(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
     lines = 0
     for file in files:
         count = 0
-        for where, line in _lines(file):
+        for where, line in numbered(file):
             count += 1
             try:
                 examples.append(Example(where, tuple(_pieces(line))))
@@ -112,17 +118,6 @@ def read_examples(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> lis
     return examples
 
 
-def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """Where each line that is not empty is, and its text."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(file)!r} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
-        if line.strip():
-            yield f"{file}:{number}", line
-
-
 def _pieces(line: str) -> list[Piece]:
     """What an example's line says; ValueError for what is wrong with it."""
     try:
@@ -136,6 +131,8 @@ def _pieces(line: str) -> list[Piece]:
             raise ValueError(f"has messages and {' and '.join(both)}: which of them?")
         return _conversation(given["messages"])
     if absent := [name for name in ("prompt", "completion") if name not in given]:
+        if "text" in given:
+            raise ValueError('{"text": ...} is a document, and no example: files of them go to sl.data.load')
         keys = ", ".join(map(repr, given)) or "none"
         raise ValueError(f"no {' and no '.join(map(repr, absent))}; its keys are {keys}")
     prompt, completion = (_string(given[name], repr(name)) for name in ("prompt", "completion"))

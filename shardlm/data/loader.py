@@ -38,6 +38,7 @@ class Batches:
       seed: any integer; each gives another order.
       rows: which rows of each global batch to read and return, out of 0 .. batch_size - 1; None is all of them.
         Processes that share them out read the batch together and no row twice.
+      tokenizer: what made the tokens, for checkpoints of the run to keep; see `kept.files_of`.
 
     Raises:
       ValueError: batch_size below 1 or above the rows of one epoch, or rows outside of the batch.
@@ -49,7 +50,15 @@ class Batches:
       (2, 2)
     """
 
-    def __init__(self, packed: Rows, batch_size: int, seed: int = 0, rows: slice | range | None = None) -> None:
+    def __init__(
+        self,
+        packed: Rows,
+        batch_size: int,
+        seed: int = 0,
+        rows: slice | range | None = None,
+        *,
+        tokenizer: Any = None,
+    ) -> None:
         batch_size, seed = positive("batch_size", batch_size, "row"), whole("seed", seed)
         self.rows = _resolve(rows, batch_size)
         if batch_size > len(packed):
@@ -60,6 +69,7 @@ class Batches:
         self.packed = packed
         self.batch_size = batch_size
         self.seed = seed
+        self.tokenizer = tokenizer
         # Grain shuffles epoch e with seed + e. Hashing keeps seed 1 from being seed 0 one epoch later.
         shuffle_seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4])
         dataset = grain.MapDataset.source(packed).shuffle(shuffle_seed).repeat()
@@ -195,7 +205,7 @@ def load(
       sequence, batch_size: tokens per row, and rows per global batch.
       seed: decides the order of the training rows, and nothing else.
       held_out: fraction of the documents to evaluate on (see `split_documents`), 0 for none; or where to read
-        them from, as `path`, which then is trained on whole. A single file is one document and cannot be split.
+        them from, as `path`, which then is trained on whole. Of a single document its end is held out.
       rows: which rows of each global batch this process reads.
       cache: folder of trained tokenizers; None keeps none.
 
@@ -221,7 +231,7 @@ def load(
         return Packed(tokens, sequence, vocab_size=tokenizer.vocab_size, end=tokenizer.end)
 
     return TextData(
-        train=Batches(pack(train), batch_size, seed, rows),
+        train=Batches(pack(train), batch_size, seed, rows, tokenizer=tokenizer),
         held_out=Epoch(pack(held), batch_size, rows) if held else None,
         tokenizer=tokenizer,
     )

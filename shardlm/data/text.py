@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from shardlm.data import lines
 from shardlm.data.apart import check_once
 from shardlm.runtime.paths import local_path
 
@@ -57,7 +58,7 @@ def read_documents(
     pattern: str = "*",
     exclude: Collection[str] = _EXCLUDE,
 ) -> list[Document]:
-    """Reads UTF-8 text files, each as one document.
+    """Reads UTF-8 text files, each as one document; of .jsonl files of {"text": "..."} lines, each line is one.
 
     Folders are read recursively. Files and folders whose name starts with a dot are left out, as shells do, and links
     to folders are not followed. A file named in `paths` must be UTF-8; one found in a folder that is not is skipped,
@@ -95,6 +96,15 @@ def read_documents(
     documents, undecodable, named = [], [], set(given)
     for file in files:
         name = file.relative_to(root).as_posix()
+        held = lines.kind(file)
+        if held == "examples" and file in named:
+            raise ValueError(
+                f"{str(file)!r} holds examples, prompts and completions, and no text: read it with "
+                "sl.data.load_examples"
+            )
+        if held == "documents":
+            documents += [Document(f"{name}:{number}", text) for number, text in lines.texts(file)]
+            continue
         try:
             documents.append(Document(name, file.read_bytes().decode("utf-8")))
         except UnicodeDecodeError as error:
@@ -129,7 +139,8 @@ def split_documents(documents: Sequence[Document], held_out: float = 0.05) -> tu
     the one whose hash is nearest to that side goes there, so two documents are enough.
 
     Args:
-      documents: at least two that hold text, unless `held_out` is 0.
+      documents: at least two, unless `held_out` is 0; where only one holds text, its end is held out, from the line
+        break on that is nearest before so large a fraction of it.
       held_out: expected fraction of the documents to hold out, 0 <= held_out < 1; 0 holds out none.
 
     Returns:
@@ -142,6 +153,8 @@ def split_documents(documents: Sequence[Document], held_out: float = 0.05) -> tu
         raise ValueError(f"held_out must be a fraction in 0 <= held_out < 1, got {held_out}")
     if held_out == 0:
         return list(documents), []
+    if sum(bool(document.text) for document in documents) == 1:
+        return _cut(documents, held_out)
     order = sorted(range(len(documents)), key=lambda i: _hash(documents[i].name))
     count = sum(_hash(document.name) < held_out for document in documents)
     chosen = set(order[: min(max(count, 1), len(documents) - 1)])
@@ -150,10 +163,26 @@ def split_documents(documents: Sequence[Document], held_out: float = 0.05) -> tu
     if not any(document.text for document in train) or not any(document.text for document in held):
         raise ValueError(
             f"cannot hold out documents: held_out={held_out} splits {len(documents)} into {_size(train)} to train on "
-            f"and {_size(held)} held out, and both sides need text; a document is never cut, so give at least two, "
-            "name a separate file or folder as held_out, or pass held_out=0 to train without evaluation"
+            f"and {_size(held)} held out, and both sides need text; name a file or folder of its own as held_out "
+            "(--held-out), or pass held_out=0 to train without evaluation"
         )
     return train, held
+
+
+def _cut(documents: Sequence[Document], held_out: float) -> tuple[list[Document], list[Document]]:
+    """The only document with text in two, `held_out` of its characters in the second, at a line break if it can be."""
+    [(name, text)] = [document for document in documents if document.text]
+    if len(text) < 2:
+        raise ValueError(
+            f"cannot hold out a part of {name}: it has {len(text)} character, and both sides need text; give more, "
+            "or pass held_out=0 (--held-out 0) to train without evaluation"
+        )
+    wanted = min(max(round(len(text) * (1 - held_out)), 1), len(text) - 1)
+    at = text.rfind("\n", 0, wanted) + 1  # behind the break
+    if at <= max(0, wanted - (len(text) - wanted)):  # so far before that twice as much would be held out
+        at = wanted
+    rest = [document for document in documents if not document.text]
+    return [*rest, Document(name, text[:at])], [Document(f"{name} (its end)", text[at:])]
 
 
 def _as_list(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str | os.PathLike]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from shardlm._extras import install
 from shardlm.runtime.folders import write_file
 from shardlm.runtime.paths import local_path
 from shardlm.runtime.strangers import read_small
@@ -63,6 +64,10 @@ class ByteTokenizer:
           ValueError: an id is not in 0 <= id < 257.
         """
         return _without_end(ids, self).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def to_files(self) -> dict[str, str]:
+        """Returns the files that make it again, by name; see `shardlm.data.kept`."""
+        return {"shardlm.json": '{"kind": "bytes"}'}
 
     def __repr__(self) -> str:
         return "ByteTokenizer()"
@@ -150,6 +155,10 @@ class BPETokenizer:
         """Returns the text of ids [tokens], as `ByteTokenizer.decode` does."""
         return self._tokenizer.decode(_without_end(ids, self).tolist(), skip_special_tokens=False)
 
+    def to_files(self) -> dict[str, str]:
+        """Returns the files that make it again, by name; see `shardlm.data.kept`."""
+        return {"shardlm.json": '{"kind": "bpe"}', "bpe.json": self.definition}
+
     def __repr__(self) -> str:
         return f"BPETokenizer(vocab_size={self.vocab_size})"
 
@@ -198,9 +207,7 @@ def _import_tokenizers() -> Any:
     try:
         import tokenizers  # an optional dependency, needed by BPE alone
     except ImportError as error:
-        raise ImportError(
-            "BPE needs the package `tokenizers`: pip install 'shardlm[hf]', or use tokenizer='bytes'"
-        ) from error
+        raise ImportError(f"BPE needs the package `tokenizers`: {install('hf')}, or use tokenizer='bytes'") from error
     return tokenizers
 
 

@@ -18,6 +18,7 @@ from shardlm.generate.sampling import Sampling
 from shardlm.generate.text import Detokenizer, stop_strings, stopper
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
+from shardlm.models.kinds import require_config
 from shardlm.train.engine import Parameters
 
 _MOST_ROWS = 64  # of a batch whose size is not given
@@ -28,7 +29,7 @@ def generate(
     config: TransformerConfig,
     params: Parameters,
     prompts: Sequence[Any],
-    layout: Layout | None = None,
+    layout: Layout | str | None = None,
     *,
     max_new_tokens: int | Sequence[int] = 128,
     tokenizer: Any = None,
@@ -63,8 +64,8 @@ def generate(
         config: the model.
         params: its parameters, such as `state.params`, from any layout or from the host.
         prompts: a list of prompts of any lengths, each a list or array of token ids, or a string.
-        layout: without `pipe`; default one device. Settings of training alone (accumulate, remat, reduce_gradients) are
-            not looked at, and `sequence_parallel` is left out with a warning.
+        layout: a `Layout` or its text, without `pipe`; default one device. Settings of training alone (accumulate,
+            remat, reduce_gradients) are not looked at, and `sequence_parallel` is left out with a warning.
         max_new_tokens: of all requests, or of each.
         tokenizer: has `encode` (to ids, or to an object with `ids`) and `decode`; for prompts, texts and `stop`.
             Prompts get what it puts around a text, such as the id that begins one.
@@ -97,6 +98,7 @@ def generate(
         >>> result = sl.generate(config, state.params, [[1, 2, 3], [4]], max_new_tokens=8)
         >>> result.tokens, result.tokens_per_second
     """
+    require_config(config)
     chosen = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
@@ -149,7 +151,7 @@ def prepare(
     config: TransformerConfig,
     params: Parameters,
     prompts: Sequence[Any],
-    layout: Layout | None,
+    layout: Layout | str | None,
     *,
     max_new_tokens: int | Sequence[int],
     tokenizer: Any = None,

@@ -1,27 +1,22 @@
 """`python -m shardlm generate`: text from a model in a folder, to the terminal as it is made."""
 
 import argparse
-import dataclasses
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from shardlm.checkpoint import read_metadata, restore
 from shardlm.data import ByteTokenizer
 from shardlm.generate.api import generate
 from shardlm.hub.convert import add_ignore_fields
+from shardlm.hub.stored import checkpoint_of, load_checkpoint, load_tokenizer
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.runtime import fake_devices
 from shardlm.runtime.paths import local_path
-from shardlm.train import room
-from shardlm.train.optimizer import adamw
-from shardlm.train.trainer import Trainer
 
 
 def add(commands: Any, formatter: Any) -> None:
@@ -30,7 +25,8 @@ def add(commands: Any, formatter: Any) -> None:
         "generate",
         help="continue text with a model",
         description="Continue text with a model of a Hugging Face folder, or with one that `python -m shardlm train "
-        "--checkpoint-dir` saved (of the byte tokenizer). One prompt is shown as it is made, several are at the end.",
+        "--checkpoint-dir` saved, with the tokenizer that is kept with it. One prompt is shown as it "
+        "is made, several are at the end.",
         formatter_class=formatter,
     )
     command.set_defaults(run=run)
@@ -103,30 +99,21 @@ def _load(options: argparse.Namespace, layout: Layout | None) -> tuple[Transform
         if tokenizer is None:
             raise ValueError(f"{folder} has no tokenizer: call sl.generate in Python, with token ids")
         return config, params, tokenizer, options.prompt
-    step = _newest(folder)
-    saved = read_metadata(step)
-    if "config" not in saved:
-        raise ValueError(f"{step} does not say what its model is: it was not saved by fit or python -m shardlm train")
-    config, tokenizer = TransformerConfig.from_dict(saved["config"]), ByteTokenizer()
-    if config.vocab_size != tokenizer.vocab_size:
-        raise ValueError(
-            f"the model of {step} has {config.vocab_size} token ids, and the byte tokenizer {tokenizer.vocab_size}: "
-            "with a tokenizer of its own, call sl.generate(..., tokenizer=...) in Python"
-        )
-    if options.dtype is not None:
-        config = dataclasses.replace(config, dtype=options.dtype)
-    # Only shapes: the optimizer's state is stored beside the parameters.
-    trainer = Trainer(config, layout, adamw(1e-3, steps=1000))
-    room.check_state(trainer, f"the state in {step}")
-    state = restore(step, trainer)
-    prompts = [np.concatenate([[tokenizer.end], tokenizer.encode(prompt)]) for prompt in options.prompt]
-    return config, state.params, tokenizer, prompts
-
-
-def _newest(folder: Path) -> Path:
-    steps = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
-    if steps:
-        return max(steps, key=lambda path: int(path.name))
-    if (folder / "metadata.json").is_file():
-        return folder
-    raise ValueError(f"{folder} holds no model: no config.json of Hugging Face, and no checkpoint of shardlm")
+    step = checkpoint_of(folder)
+    if step is None:
+        raise ValueError(f"{folder} holds no model: no config.json of Hugging Face, and no checkpoint of shardlm")
+    tokenizer = load_tokenizer(step)
+    config, params = load_checkpoint(step, layout, options.dtype)
+    if tokenizer is None:
+        tokenizer = ByteTokenizer()
+        if config.vocab_size != tokenizer.vocab_size:
+            raise ValueError(
+                f"{step} keeps no tokenizer, and its model has {config.vocab_size} token ids, the byte tokenizer "
+                f"{tokenizer.vocab_size}: call sl.generate(..., tokenizer=...) in Python, or save the checkpoint "
+                "with its tokenizer, by fit(..., tokenizer=) or sl.save(..., tokenizer=)"
+            )
+    # A text begins as those of training did.
+    first = getattr(tokenizer, "begin", tokenizer.end)
+    begin = [] if first is None else [first]
+    prompts = [np.concatenate([begin, tokenizer.encode(prompt)]).astype(np.int32) for prompt in options.prompt]
+    return config, params, tokenizer, prompts

@@ -43,7 +43,7 @@ def judge(
     params: Parameters,
     rows: Sequence[np.ndarray],
     spans: Sequence[Sequence[Span]],
-    layout: Layout | None,
+    layout: Layout | str | None,
     batch_size: int | None,
     chunk: int,
     devices: Sequence[Any] | None,

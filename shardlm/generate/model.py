@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,11 @@ from shardlm._text import fold, size
 from shardlm.layout import Layout
 from shardlm.models.cache import Cache, kinds_of
 from shardlm.models.config import TransformerConfig
+from shardlm.models.kinds import require_config, require_params
 from shardlm.parallel import tensor
 from shardlm.train import engine, room
 from shardlm.train.engine import Parameters, Plan, flatten, unflatten
-from shardlm.train.program import count_devices, require_devices
+from shardlm.train.program import require_devices, resolve
 from shardlm.train.transformer import TransformerProgram
 
 _TABLES = ("embedding/table", "head/table")
@@ -45,16 +46,15 @@ class ShardedModel:
 
     @classmethod
     def of(
-        cls, config: TransformerConfig, layout: Layout | None = None, devices: Sequence[Any] | None = None
+        cls, config: TransformerConfig, layout: Layout | str | None = None, devices: Sequence[Any] | None = None
     ) -> "ShardedModel":
         """Plan `config` on `layout`, by default the first device; models that are equal share what is compiled.
 
         Raises:
             LayoutError: the layout does not fit the devices or the model, or has stages.
         """
-        if devices is None:
-            devices = jax.devices()[:1] if layout is None else jax.devices()
-        layout = (layout or Layout()).resolve(count_devices(devices))
+        require_config(config)
+        layout, found = resolve(layout, devices)
         if layout.pipe > 1:
             split = f"fsdp={layout.fsdp * layout.pipe}"
             others = [f"{axis}={n}" for axis, n in layout.sizes.items() if n > 1 and axis not in ("pipe", "fsdp")]
@@ -70,7 +70,7 @@ class ShardedModel:
                 stacklevel=3,
             )
             layout = dataclasses.replace(layout, sequence_parallel=False)
-        return _planned(config, layout, tuple(devices))
+        return _planned(config, layout, tuple(found) if not isinstance(found, int) else found)
 
     @property
     def config(self) -> TransformerConfig:
@@ -295,6 +295,4 @@ def _planned(config: TransformerConfig, layout: Layout, devices: tuple[Any, ...]
 
 
 def _named(params: Any) -> dict[str, Any]:
-    if not isinstance(params, Mapping):
-        raise ValueError(f"params is a {type(params).__name__}; it is the nested dict of arrays that state.params is")
-    return flatten(params)
+    return flatten(require_params(params))

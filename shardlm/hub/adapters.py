@@ -20,6 +20,7 @@ from shardlm.hub.adapter_config import Adapted, read_adapter_config
 from shardlm.hub.adapter_matrices import Matrix, Piece, join, matrices_of, other_modules, split, stacked, unstacked
 from shardlm.hub.files import import_safetensors, read_json
 from shardlm.models.config import TARGETS, Lora, TransformerConfig
+from shardlm.models.kinds import require_config, require_params
 from shardlm.models.lora import add_lora
 from shardlm.runtime.folders import Work, keep_others, recover, sweep
 from shardlm.runtime.paths import local_path
@@ -56,7 +57,8 @@ def save_lora(
     Example:
         >>> sl.save_lora("adapters", trainer.config, state.params, base="Qwen/Qwen3-0.6B")
     """
-    lora = config.lora
+    require_params(params)
+    lora = require_config(config).lora
     if lora is None:
         raise ValueError("save_lora: this model has no adapters: config.lora is None")
     check_usable(params, "save_lora")
@@ -128,6 +130,8 @@ def load_lora(
         >>> config, params, _ = sl.load_hf("Qwen3-0.6B", layout)
         >>> config, params = sl.load_lora("adapters", config, params)
     """
+    require_config(config)
+    require_params(params)
     path = local_path(folder, "folder")
     recover(path)
     for name in (CONFIG, WEIGHTS):

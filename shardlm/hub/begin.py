@@ -6,8 +6,13 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
+
+from shardlm.checkpoint import restore
 from shardlm.checkpoint.processes import exchange, is_first
 from shardlm.checkpoint.record import absolute, steps_in
+from shardlm.data import BPETokenizer, ByteTokenizer
 from shardlm.hub.convert import add_ignore_fields
 from shardlm.hub.files import Tensors, folder_of, read_config
 from shardlm.hub.load import load_hf
@@ -15,7 +20,8 @@ from shardlm.hub.match import check_sizes
 from shardlm.hub.origin import Origin
 from shardlm.hub.registry import family_of_config, family_of_file
 from shardlm.hub.save import save_hf
-from shardlm.hub.tokenizer import HubTokenizer, read_tokenizer
+from shardlm.hub.stored import checkpoint_of, config_of, load_tokenizer, tokenizer_to_resume
+from shardlm.hub.tokenizer import can_be_written, read_tokenizer, why_not
 from shardlm.hub.write import check_target
 from shardlm.models.config import TransformerConfig
 
@@ -37,7 +43,8 @@ def add_init_from(add: Callable[..., Any]) -> None:
     add(
         "--init-from",
         metavar="FOLDER",
-        help="train all parameters of a Hugging Face model further, in float32; its tokenizer unless --tokenizer",
+        help="train all parameters of a Hugging Face model or of a checkpoint (runs/a) further, in float32; its "
+        "tokenizer unless --tokenizer",
     )
 
 
@@ -45,7 +52,7 @@ def read(options: argparse.Namespace, sizes: tuple[str, ...]) -> tuple[Transform
     """The configuration of `--init-from`, as the options change it, and its tokenizer; no weights are read.
 
     Args:
-        options: of the command line.
+        options: of the command line; `init_from` is a Hugging Face folder, a checkpoint, or a run's folder of them.
         sizes: those that a model which is there already does not let change.
 
     Returns:
@@ -56,14 +63,20 @@ def read(options: argparse.Namespace, sizes: tuple[str, ...]) -> tuple[Transform
     """
     if given := [f"--{name.replace('_', '-')}" for name in sizes if getattr(options, name) is not None]:
         raise ValueError(f"--init-from {options.init_from} is of its own size: leave out {', '.join(given)}")
-    path = folder_of(options.init_from)
-    values = read_config(path)
-    where = str(path / "config.json")
-    family = family_of_file(values, where)
-    config = family.config(values, where, options.ignore_fields)
-    with Tensors(path) as files:  # before anything is made of the sizes that config.json says
-        check_sizes(config, family, files, str(path))
-    config = dataclasses.replace(config, origin=Origin.of_folder(path, values, options.ignore_fields).text())
+    step, values = checkpoint_of(options.init_from), {}
+    if step is not None:
+        path, config = step, config_of(step)
+        if config.lora is not None:
+            raise ValueError(f"{path} has adapters: merge them first (sl.merge_lora), and save that")
+    else:
+        path = folder_of(options.init_from)
+        values = read_config(path)
+        where = str(path / "config.json")
+        family = family_of_file(values, where)
+        config = family.config(values, where, options.ignore_fields)
+        with Tensors(path) as files:  # before anything is made of the sizes that config.json says
+            check_sizes(config, family, files, str(path))
+        config = dataclasses.replace(config, origin=Origin.of_folder(path, values, options.ignore_fields).text())
     attention = config.attention
     if options.attention is not None:
         attention = dataclasses.replace(attention, implementation=options.attention)
@@ -72,9 +85,12 @@ def read(options: argparse.Namespace, sizes: tuple[str, ...]) -> tuple[Transform
     )
     if options.tokenizer is not None:
         return config, None
-    tokenizer = read_tokenizer(path, values)
+    tokenizer = read_tokenizer(path, values) if step is None else load_tokenizer(step)
     if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer.json: say --tokenizer bytes, or bpe:SIZE")
+        raise ValueError(
+            f"{path} {'has no tokenizer.json' if step is None else 'keeps no tokenizer'}: say --tokenizer bytes, or "
+            "bpe:SIZE"
+        )
     if tokenizer.end is None:
         raise ValueError(f"{path} does not say which id ends a text: give eos_token_id in config.json")
     return config, tokenizer
@@ -94,8 +110,39 @@ def state(trainer: "Trainer", options: argparse.Namespace) -> "TrainState | None
         return None
     if options.checkpoint_dir is not None and steps_in(absolute(options.checkpoint_dir)):
         return None
+    if (step := checkpoint_of(options.init_from)) is not None:
+        stored = jnp.dtype(config_of(step).param_dtype)
+        like = trainer.abstract_state
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, stored, sharding=x.sharding), like.params)
+        target = dataclasses.replace(like, params=params)
+        params = restore(step, target, only="params", rows=trainer.padded_rows)
+        return trainer.init(jax.tree.map(lambda x: x.astype(WIDE), params))
     _, params, _ = load_hf(options.init_from, trainer.layout, WIDE, ignore_fields=options.ignore_fields)
     return trainer.init(params)
+
+
+def tokenizer_of_run(options: argparse.Namespace, start: Any) -> Any:
+    """The tokenizer to train with: that of the run's checkpoints, where there are some, whatever made it then.
+
+    Args:
+        options: of the command line.
+        start: the tokenizer of `--init-from`, or None.
+
+    Raises:
+        ValueError: `--tokenizer` names another than the checkpoints'.
+    """
+    asked, stored = options.tokenizer, tokenizer_to_resume(options.checkpoint_dir)
+    if stored is None:
+        return start or asked or "bytes"
+    kind, _, size = (asked or "").partition(":")
+    same = {"bytes": isinstance(stored, ByteTokenizer), "bpe": isinstance(stored, BPETokenizer)}
+    fits = same.get(kind, False) and (not size.isdecimal() or stored.vocab_size <= int(size))
+    if asked is not None and not fits:
+        raise ValueError(
+            f"--tokenizer {asked}, and the checkpoints in {options.checkpoint_dir} are of {stored!r}: leave "
+            "--tokenizer out to go on, or start anew in another --checkpoint-dir"
+        )
+    return stored
 
 
 def check_save(config: TransformerConfig, folder: str) -> None:
@@ -112,7 +159,7 @@ def check_save(config: TransformerConfig, folder: str) -> None:
 
 def save(trainer: "Trainer", trained: "TrainState", tokenizer: Any, folder: str) -> str:
     """Write the model; returns a line that says what was written."""
-    can_be_written = isinstance(tokenizer, HubTokenizer) or hasattr(tokenizer, "definition")
-    save_hf(folder, trainer.config, trainer.in_order(trained.params), tokenizer if can_be_written else None)
-    without = "" if can_be_written else f", without a tokenizer, as there is no file for {type(tokenizer).__name__}"
+    written = tokenizer if can_be_written(tokenizer) else None
+    save_hf(folder, trainer.config, trainer.in_order(trained.params), written)
+    without = "" if written is not None else f", without a tokenizer, {why_not(tokenizer)}"
     return f"saved {folder}{without}"

@@ -9,20 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from shardlm.checkpoint import read_metadata, restore
+from shardlm._dtypes import full_name
 from shardlm.hub.files import DTYPES, Tensors, folder_of, read_config
 from shardlm.hub.finite import all_finite, warn_of
 from shardlm.hub.match import match, one_dtype
 from shardlm.hub.registry import family_of_file
 from shardlm.hub.save import save_hf
-from shardlm.hub.tokenizer import text_files
+from shardlm.hub.stored import checkpoint_of, load_checkpoint, load_tokenizer
+from shardlm.hub.tokenizer import can_be_written, text_files, why_not
 from shardlm.hub.write import Output, check_target, parse_size, write_folder
-from shardlm.layout import Layout
-from shardlm.models.config import TransformerConfig
+from shardlm.models.transformer import count_parameters
 from shardlm.runtime.paths import local_path
-from shardlm.train.transformer import TransformerProgram
-
-_SHORT = {"bf16": "bfloat16", "f16": "float16", "fp16": "float16", "f32": "float32", "fp32": "float32"}
 
 
 def add_command(commands: Any) -> None:
@@ -35,9 +32,16 @@ def add_command(commands: Any) -> None:
     )
     command.set_defaults(run=convert)
     add = command.add_argument
-    add("source", metavar="SRC", help="a Hugging Face folder, or a checkpoint (runs/a/300) of a sl.Transformer")
+    add(
+        "source",
+        metavar="SRC",
+        help="a Hugging Face folder, or a checkpoint (runs/a/300) of a sl.Transformer, or a "
+        "run's folder (runs/a), of which the newest counts",
+    )
     add("target", metavar="DST", help="the folder to make")
-    add("--dtype", help="of the parameters: bf16, f16, f32 (default: as in SRC)")
+    add(
+        "--dtype", help="of the parameters: bfloat16, float16 or float32, or short: bf16, f16, f32 (default: as in SRC)"
+    )
     add("--max-shard-size", default="5GB", help="bytes of tensors in a file (default: 5GB)")
     add("--overwrite", action="store_true", help="replace the model at DST")
     add(
@@ -62,17 +66,18 @@ def add_ignore_fields(add: Callable[..., Any]) -> None:
 
 def convert(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    dtype = _SHORT.get(options.dtype, options.dtype)
+    dtype = full_name(options.dtype)
     legal = {str(known): known for known in DTYPES.values()}
     if dtype is not None and dtype not in legal:
-        raise ValueError(f"--dtype {options.dtype}; it is one of {', '.join((*_SHORT, *legal))}")
+        raise ValueError(f"--dtype {options.dtype}; it is one of bf16, f16, f32, {', '.join(legal)}")
     parse_size(options.max_shard_size)
     check_target(options.target, options.overwrite)
     source = local_path(options.source, "SRC")
-    if (source / "metadata.json").is_file() or not source.is_dir():
+    step = checkpoint_of(source)
+    if step is not None or not source.is_dir():
         if options.ignore_fields:
             raise ValueError(f"--ignore-fields is of a Hugging Face folder, and {source} is a checkpoint")
-        what = _checkpoint(source, options, dtype)
+        what = _checkpoint(step or source, options, dtype)
     else:
         if options.like is not None:
             raise ValueError(f"--like is for a checkpoint, and {source} is a Hugging Face folder: its own files go out")
@@ -123,19 +128,13 @@ def _cast(files: Tensors, name: str, dtype: np.dtype, broken: set[str]) -> Calla
 
 def _checkpoint(source: Path, options: argparse.Namespace, dtype: str | None) -> str:
     """By way of the parameters, without the optimizer's state, on the CPU."""
-    saved = read_metadata(source)
-    if "config" not in saved:
-        raise ValueError(f"the checkpoint {source} does not say what its model is: fit saves that, or sl.save with the "
-                         'metadata {"config": config.to_dict()}')  # fmt: skip
-    config = TransformerConfig.from_dict(saved["config"])
-    [device, *_] = jax.devices("cpu")
-    program = TransformerProgram.of(config, Layout(), [device], "manual")
-    shapes, shardings = program.plan.shapes, program.plan.shardings("stored")
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    params = restore(source, {"params": target}, rows=program.padded_rows, only="params")
+    config, params = load_checkpoint(source, devices=jax.devices("cpu")[:1])
+    tokenizer = load_tokenizer(source)
     if dtype is not None:
         params = jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
         config = dataclasses.replace(config, param_dtype=dtype)
+    written = tokenizer if can_be_written(tokenizer) else None
     overwrite, like = options.overwrite, options.like
-    save_hf(options.target, config, params, None, options.max_shard_size, overwrite=overwrite, like=like)
-    return f"{program.num_parameters:,} parameters in {config.param_dtype}"
+    save_hf(options.target, config, params, written, options.max_shard_size, overwrite=overwrite, like=like)
+    without = "" if written is not None else f", without a tokenizer, {why_not(tokenizer)},"
+    return f"{count_parameters(config):,} parameters in {config.param_dtype}{without}"

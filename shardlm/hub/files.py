@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from shardlm._extras import install
 from shardlm.runtime.folders import recover
 from shardlm.runtime.paths import local_path
 from shardlm.runtime.strangers import inside, printable, read_small
@@ -150,7 +151,7 @@ def import_safetensors() -> Any:
     try:
         import safetensors
     except ImportError as error:
-        raise ImportError("to read safetensors files: pip install 'shardlm[hf]'") from error
+        raise ImportError(f"to read safetensors files: {install('hf')}") from error
     return safetensors
 
 

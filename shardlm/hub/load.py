@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from shardlm._dtypes import full_name
 from shardlm.hub.files import Tensors, folder_of, read_config
 from shardlm.hub.finite import all_finite, warn_of
 from shardlm.hub.match import Names, match, one_dtype
@@ -24,7 +25,7 @@ from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.train import room
 from shardlm.train.engine import Parameters, flatten, unflatten
-from shardlm.train.program import count_devices, require_devices
+from shardlm.train.program import require_devices, resolve
 from shardlm.train.transformer import TransformerProgram
 
 Index = tuple[slice, ...]
@@ -32,7 +33,7 @@ Index = tuple[slice, ...]
 
 def load_hf(
     folder: str | os.PathLike,
-    layout: Layout | None = None,
+    layout: Layout | str | None = None,
     dtype: str | None = None,
     devices: Sequence[Any] | None = None,
     *,
@@ -47,7 +48,8 @@ def load_hf(
     Args:
         folder: with config.json and the weights as safetensors, in one file or several; nothing is downloaded.
         layout: where the parameters go, as a `Trainer`'s; default one device.
-        dtype: of the parameters: "float32", "bfloat16", "float16" or "float64"; None is that of the files.
+        dtype: of the parameters: "float32", "bfloat16", "float16" or "float64", or short ("bf16"); None
+            is that of the files.
         devices: as of a `Trainer`: default all of `jax.devices()`, or the first one without a layout.
         ignore_fields: names of fields of config.json that are left out, as if the file did not have them: of one that
             shardlm does not know and that changes nothing. If the field does change something, the model read is
@@ -82,12 +84,10 @@ def load_hf(
     family = family_of_file(values, str(path / "config.json"))
     config = family.config(values, str(path / "config.json"), ignore_fields)
     config = dataclasses.replace(config, origin=Origin.of_folder(path, values, ignore_fields).text())
-    if devices is None:
-        devices = jax.devices()[:1] if layout is None else jax.devices()
-    layout = (layout or Layout()).resolve(count_devices(devices))
+    layout, devices = resolve(layout, devices)
     with Tensors(path) as files:
         names = match(config, family, files, str(path))
-        stored = str(one_dtype(files, names, str(path))) if dtype is None else dtype
+        stored = str(one_dtype(files, names, str(path))) if dtype is None else full_name(dtype)
         config = dataclasses.replace(config, dtype=stored, param_dtype=stored)
         plan = TransformerProgram.of(config, layout, devices, "manual").plan
         require_devices(plan.mesh)

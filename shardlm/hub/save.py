@@ -24,6 +24,7 @@ from shardlm.hub.tokenizer import text_files, token_ids, tokenizer_files
 from shardlm.hub.write import Output, check_target, parse_size, write_folder
 from shardlm.layout import Axis
 from shardlm.models.config import TransformerConfig
+from shardlm.models.kinds import require_config, require_params
 from shardlm.models.transformer import parameter_dims
 from shardlm.train.engine import flatten
 
@@ -80,6 +81,8 @@ def save_hf(
     Example:
         >>> sl.save_hf("tuned", trainer.config, state.params, tokenizer)
     """
+    require_config(config)
+    require_params(params)
     if config.lora is not None:
         raise ValueError(
             "save_hf: this model has adapters: merge them first (sl.merge_lora), or save them (sl.save_lora)"

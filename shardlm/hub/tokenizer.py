@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from shardlm._extras import install
+from shardlm.data.kept import describe
 from shardlm.hub.files import find, read_json
 from shardlm.runtime.strangers import printable, read_small
 
@@ -65,7 +67,7 @@ class HubTokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            raise ImportError("to read tokenizer.json: pip install 'shardlm[hf]'") from error
+            raise ImportError(f"to read tokenizer.json: {install('hf')}") from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # tokenizers raises bare Exception
@@ -82,6 +84,10 @@ class HubTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray, *, special: bool = False) -> str:
         """The text of ids [tokens]; special tokens are left out unless `special`."""
         return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=not special)
+
+    def to_files(self) -> dict[str, Any]:
+        """The files that make it again, by name, a chat template too; see `shardlm.data.kept`."""
+        return tokenizer_files(self) | describe("hub", begin=self.begin, ends=list(self.ends))
 
     def __repr__(self) -> str:
         return f"HubTokenizer(vocab_size={self.vocab_size}, begin={self.begin}, ends={self.ends})"
@@ -176,7 +182,7 @@ def tokenizer_files(tokenizer: Any) -> dict[str, str | bytes]:
     try:
         import tokenizers
     except ImportError as error:
-        raise ImportError("to write a tokenizer: pip install 'shardlm[hf]'") from error
+        raise ImportError(f"to write a tokenizer: {install('hf')}") from error
     if isinstance(tokenizer, tokenizers.Tokenizer):
         return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": _settings({})}
     if isinstance(definition := getattr(tokenizer, "definition", None), str):
@@ -189,6 +195,18 @@ def tokenizer_files(tokenizer: Any) -> dict[str, str | bytes]:
         f"{type(tokenizer).__name__} cannot be written as tokenizer.json: give what sl.load_hf returned, a "
         "sl.data.BPETokenizer or a tokenizers.Tokenizer; of bytes there is none"
     )
+
+
+def can_be_written(tokenizer: Any) -> bool:
+    """Whether `tokenizer_files` has files for it."""
+    return hasattr(tokenizer, "definition") or hasattr(tokenizer, "to_str")
+
+
+def why_not(tokenizer: Any) -> str:
+    """Why a Hugging Face folder gets no tokenizer."""
+    if tokenizer is None:
+        return "as the model's is not known"
+    return f"as there is no file for {type(tokenizer).__name__}"
 
 
 def token_ids(tokenizer: Any) -> dict[str, Any]:

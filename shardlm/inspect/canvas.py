@@ -8,6 +8,8 @@ from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from shardlm._extras import install
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -46,7 +48,7 @@ def new(width: float, height: float) -> "tuple[Figure, Axes]":
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'shardlm[plots]'") from error
+        raise ImportError(f"pictures need matplotlib: {install('plots')}") from error
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     vars(figure)["_repr_png_"] = partial(_png, figure)  # for notebooks that have not imported pyplot
@@ -72,7 +74,7 @@ def width(text: str, size: float = FONT, weight: str = "normal") -> float:
         from matplotlib.font_manager import FontProperties
         from matplotlib.textpath import text_to_path
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'shardlm[plots]'") from error
+        raise ImportError(f"pictures need matplotlib: {install('plots')}") from error
     font = FontProperties(size=size, weight=weight)
     lines = text.split("\n")
     return max(text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] for line in lines) / 72

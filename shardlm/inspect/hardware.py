@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from shardlm._dtypes import full_name
+
 # Dense bfloat16 FLOP/s of one device, by the start of JAX's `device_kind`.
 PEAK_BF16 = MappingProxyType(
     {
@@ -65,6 +67,7 @@ class Hardware:
     efficiency: float = 1.0
 
     def __post_init__(self):
+        object.__setattr__(self, "flops", {full_name(dtype): value for dtype, value in self.flops.items()})
         numbers = {
             "memory": self.memory,
             "memory_bandwidth": self.memory_bandwidth,
@@ -89,6 +92,7 @@ class Hardware:
         Raises:
             ValueError: the dtype has no figure.
         """
+        dtype = full_name(dtype)
         for name in (dtype, "bfloat16" if dtype == "float16" else dtype):
             if name in self.flops:
                 return self.flops[name] * self.efficiency

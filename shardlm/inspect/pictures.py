@@ -28,7 +28,7 @@ AXIS_COLORS: Mapping[str, str] = {
 _EDGE, _ROW = 0.2, 0.23  # inches: around a picture, of a line below it
 
 
-def draw_mesh(layout: Layout | Mapping[str, int]) -> "Figure":
+def draw_mesh(layout: Layout | str | Mapping[str, int]) -> "Figure":
     """Draw the mesh: which device is where along which axis, and what each axis splits.
 
     Devices are numbered by their place in the mesh. The last axis of more than one device goes across, the one before
@@ -42,6 +42,7 @@ def draw_mesh(layout: Layout | Mapping[str, int]) -> "Figure":
         ValueError: a size that is not filled in or not positive, or an axis that no mesh has.
         ImportError: matplotlib is not installed.
     """
+    layout = layout if isinstance(layout, Mapping) else Layout.of(layout)
     if isinstance(layout, Layout):
         assert layout.num_devices  # an error while a size is -1
     sizes = {str(axis): size for axis, size in (layout.sizes if isinstance(layout, Layout) else layout).items()}

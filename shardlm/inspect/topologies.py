@@ -18,6 +18,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from shardlm._extras import install
+
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -72,7 +74,7 @@ def gpus(count: int = 8, *, per_host: int = 8, target: str = H100) -> list[Any]:
     if count < 1 or count % per_host:
         raise ValueError(f"{count} GPUs are not a positive multiple of per_host={per_host}")
     if not installed("cuda"):
-        raise _missing("GPU", "shardlm[topologies]")
+        raise _missing("GPU", "topologies")
     topology = f"1x{count // per_host}x{per_host}"  # NVLink domains x hosts x GPUs
     try:
         described = topologies.get_topology_desc(topology, "cuda", topology=topology, target_config=target)
@@ -98,7 +100,7 @@ def tpus(topology: str = "v5e:2x4", *, slices: int = 1) -> list[Any]:
         >>> trainer = sl.Trainer(config, sl.Layout(data=2, fsdp=8), devices=tpus("v5e:2x4", slices=2))
     """
     if not installed("tpu"):
-        raise _missing("TPU", "shardlm[tpu]")
+        raise _missing("TPU", "tpu")
     options = {"num_slices": slices} if slices > 1 else {}
     skip = "TPU_SKIP_MDS_QUERY"  # libtpu asks the cloud's metadata server which TPU this is, and waits for an answer
     before = os.environ.get(skip)
@@ -142,8 +144,8 @@ def installed(platform: str) -> bool:
     return importlib.util.find_spec("jax_plugins") is not None and importlib.util.find_spec(_CUDA) is not None
 
 
-def _missing(kind: str, requirement: str) -> ImportError:
+def _missing(kind: str, extra: str) -> ImportError:
     return ImportError(
-        f"XLA's {kind} compiler is not installed: pip install '{requirement}' (it needs no {kind}; start with "
+        f"XLA's {kind} compiler is not installed: {install(extra)} (it needs no {kind}; start with "
         "JAX_PLATFORMS=cpu in the environment from then on)"
     )

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from shardlm._dtypes import FLOATS, full_name
+
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -201,7 +203,8 @@ class TransformerConfig:
         lora: adapters, the only parameters that are then trained; None trains all.
         dropout: rate on embeddings and on each branch's output, in training only.
         init_std: standard deviation of initial weights; output projections get `init_std / sqrt(2 num_layers)`.
-        dtype: computation; norms, softmax, loss and sums over devices stay in at least float32.
+        dtype: computation; norms, softmax, loss and sums over devices stay in at least float32. "bf16" and
+            `jnp.bfloat16` are "bfloat16", and so are the others' like.
         param_dtype: storage.
         origin: what the folder of Hugging Face that it was read from said besides, as a JSON text, for `sl.save_hf` to
             write it again; it is no part of the model, and does not count where configurations are compared.
@@ -268,8 +271,9 @@ class TransformerConfig:
         if self.lora is not None and not self.mlp.gated and "gate" in self.lora.targets:
             problems.append("lora.targets has 'gate', and mlp.gated=False has none: leave it out")
         for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16", "float64", "float16"):
-                problems.append(f"{name}={getattr(self, name)!r}; it is one of float32, bfloat16, float16, float64")
+            object.__setattr__(self, name, full_name(getattr(self, name)))
+            if getattr(self, name) not in FLOATS:
+                problems.append(f"{name}={getattr(self, name)!r}; it is one of {', '.join(FLOATS)}")
         if not isinstance(self.origin, str | None):
             problems.append(f"origin is {type(self.origin).__name__}; it is a text, or None")
         _raise("TransformerConfig", problems)

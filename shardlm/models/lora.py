@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm._arguments import check_usable, seed_of
 from shardlm.models.config import Lora, TransformerConfig
+from shardlm.models.kinds import kind, require_config, require_params
 from shardlm.models.transformer import Transformer, parameter_dims
 
 NAMES = ("lora_a", "lora_b")
@@ -32,6 +33,7 @@ def adapters(params: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The part of it whose leaves are named `lora_a` and `lora_b`; the same arrays.
     """
+    require_params(params)
     check_usable(params, "adapters")
     return _only(params, lambda name: name in NAMES)
 
@@ -69,10 +71,14 @@ def add_lora(
         >>> config, params = sl.add_lora(config, params, sl.Lora(rank=8, targets=("query", "value")))
         >>> state = sl.Trainer(config, layout).init(params)
     """
+    require_config(config)
+    require_params(params)
     if config.lora is not None:
         raise ValueError(f"add_lora: this model has adapters: {config.lora}. Merge them first: sl.merge_lora")
     check_usable([params, saved], "add_lora")
     seed = seed_of(seed, "add_lora: seed")
+    if not isinstance(lora, Lora):
+        raise TypeError(f"lora is {kind(lora)}, not a sl.Lora: sl.Lora(rank=8, targets=('query', 'value')) makes one")
     config = dataclasses.replace(config, lora=lora)
     _, shapes, _ = parameter_dims(config)
     problems = _mismatches(params, without_adapters(shapes))
@@ -106,6 +112,8 @@ def merge_lora(config: TransformerConfig, params: Mapping[str, Any]) -> tuple[Tr
     Raises:
         ValueError: the model has no adapters.
     """
+    require_config(config)
+    require_params(params)
     if config.lora is None:
         raise ValueError("merge_lora: this model has no adapters: config.lora is None")
     check_usable(params, "merge_lora")

@@ -14,6 +14,7 @@ from shardlm.models.attention import SelfAttention, Visibility
 from shardlm.models.cache import Cache, LayerCache
 from shardlm.models.config import LearnedPositions, Rope, TransformerConfig
 from shardlm.models.dropout import Dropout
+from shardlm.models.kinds import require_config
 from shardlm.models.mlp import FeedForward
 from shardlm.models.norm import Normalize
 from shardlm.models.rope import rotations
@@ -88,7 +89,7 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, rows: np.ndarray | None = None):
-        self.config = config
+        self.config = require_config(config)
         self.embedding = embedding.Table(config, rngs=rngs)
         positions = config.positions
         learned = isinstance(positions, LearnedPositions)

@@ -31,13 +31,16 @@ def check_structure(
     problems, legal = [], REQUIRED + OPTIONAL
     types = (np.ndarray, Array, *([jax.ShapeDtypeStruct] if may_be_abstract else []))
     if not isinstance(batch, Mapping):
-        raise TypeError(f"batch: a {type(batch).__name__}; it is a dict of arrays, {', '.join(legal)}")
+        hint = "; of token ids alone sl.data.batch(tokens) makes one" if isinstance(batch, types + (list,)) else ""
+        raise TypeError(f"batch: a {type(batch).__name__}; it is a dict of arrays, {', '.join(legal)}{hint}")
     for name in batch:
         if name not in legal:
             near = difflib.get_close_matches(str(name), legal, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             problems.append(f"unknown key {name!r}{hint} (legal: {', '.join(legal)})")
     problems += [f"the key {name!r} is missing" for name in REQUIRED if name not in batch]
+    if problems and "tokens" in batch and "targets" not in batch:
+        problems[-1] += ": the token after each of tokens; sl.data.batch(tokens) makes a batch with them"
     shape = getattr(batch.get("tokens"), "shape", None)
     for name in (name for name in legal if name in batch):
         value = batch[name]
@@ -77,6 +80,11 @@ def check_values(
     """
     problems = []
     weights = batch.get("weights")
+    if is_copy(batch):
+        problems.append(
+            "targets are equal to tokens, so that the model learns to repeat what it reads: targets are the tokens "
+            "moved on by one, targets[:, i] = tokens[:, i + 1]; sl.data.batch(tokens) makes them"
+        )
     for name in REQUIRED:
         bad = (batch[name] < 0) | (batch[name] >= vocab_size)
         if name == "targets" and weights is not None:
@@ -98,6 +106,23 @@ def check_values(
         legal = "they begin at 0" if max_sequence is None else f"the model has 0 to {last}"
         problems.append(f"positions go from {positions.min()} to {positions.max()}; {legal}")
     _raise(problems)
+
+
+def is_copy(batch: Mapping[str, np.ndarray]) -> bool:
+    """Whether targets are the tokens themselves wherever there is weight, and not by chance the tokens moved on.
+
+    A row such as 7 7 7 7 is both. So is a place that is judged alone, whose answer may be the token before it: at least
+    two different tokens must be seen, and one place whose target is not the token after it.
+    """
+    tokens, targets = batch["tokens"], batch["targets"]
+    weights = batch.get("weights")
+    judged = np.ones(tokens.shape, bool) if weights is None else np.asarray(weights) != 0
+    if not (tokens == targets)[judged].all() or np.unique(tokens[judged]).size < 2:
+        return False
+    inside = judged[:, :-1]
+    if "segments" in batch:
+        inside = inside & (batch["segments"][:, 1:] == batch["segments"][:, :-1])
+    return bool((targets[:, :-1] != tokens[:, 1:])[inside].any())
 
 
 def is_placed(batch: Mapping[str, Any], sharding: NamedSharding) -> bool:

@@ -20,6 +20,7 @@ from shardlm.runtime.paths import local_path
 from shardlm.runtime.preemption import Preempted, Preemption
 from shardlm.runtime.watch import Watch
 from shardlm.train import resume, room, saving, together
+from shardlm.train import texts as tokenizers
 from shardlm.train.evaluation import not_batches
 from shardlm.train.interrupt import uninterrupted
 from shardlm.train.left import leave
@@ -54,6 +55,7 @@ class FitOptions:
     evaluate_every: int | None
     log_dir: str | Path | None
     tensorboard: bool
+    tokenizer: Any
     verbose: bool
     accept_changes: bool = False
 
@@ -98,7 +100,11 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
         raise ValueError(
             "fit: batches is one batch: give a list of batches, or itertools.repeat(batch) to train on it alone"
         )
+    if hasattr(batches, "train") and hasattr(batches, "tokenizer"):
+        raise ValueError("fit: batches is all that sl.data.load returned: give its batches to train on, data.train")
     check_source(batches)
+    if state is not None:
+        check_usable(state, trainer.abstract_state)
     trainer.state = None
     directory = options.checkpoint_dir
     retention = options.keep, options.keep_every, options.keep_best
@@ -121,8 +127,10 @@ def _fit(
     directory = options.checkpoint_dir
     latest, resumption, metadata = None if checkpoints is None else checkpoints.latest(), resume.Resumption(), {}
     run = {} if checkpoints is None else describe_run(trainer, batches, steps, options.held_out)
+    texts, without = tokenizers.of_run(options.tokenizer, batches)
     asked = {"steps": steps, "newest checkpoint": latest, "checkpoints": directory is not None}
-    together.check_run(trainer, asked | {"batches": batches_of(batches)})
+    asked |= {"batches": batches_of(batches), "tokenizer": tokenizers.digest(texts)}
+    together.check_run(trainer, asked)
     if checkpoints is not None and latest is not None:
         if state is not None:
             raise ValueError(
@@ -131,6 +139,7 @@ def _fit(
             )
         room.check_state(trainer, f"the state in {directory}")
         state, metadata, resumption = saving.newest_good(trainer, checkpoints, run, options.accept_changes)
+        texts = tokenizers.resumed(checkpoints, int(state.step), texts)
     if state is None:
         if options.verbose and jax.process_index() == 0 and "_init" not in vars(trainer):
             print("compiling the initial parameters ...", flush=True)
@@ -156,7 +165,9 @@ def _fit(
         saver = None
         with Preemption() as preemption, Watch(together.name()) as watch:
             if checkpoints is not None:
-                saver = saving.Saver(checkpoints, progress.message, start if metadata else None)
+                saver = saving.Saver(checkpoints, progress.message, start if metadata else None, texts)
+                if without is not None:
+                    progress.message(without)
             tokens = metadata.get("tokens", 0.0)
             used = Used(run, resumption, batches, start, progress.message, options.accept_changes)
             loop = _Loop(trainer, progress, saver, options, preemption, watch, steps, state, start, tokens, used)

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from jax import Array
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from shardlm.dims import Split
 from shardlm.layout import Layout
+from shardlm.models.kinds import kind
 from shardlm.train.engine import Parameters
 
 Variables = dict[str, Any]
@@ -202,17 +204,22 @@ class Program(Protocol):
 def count_devices(devices: Sequence[Any] | int) -> int:
     """How many devices were given, themselves or as a number; ValueError for a number that cannot be one."""
     if not isinstance(devices, int):
+        if isinstance(devices, str) or not isinstance(devices, Sequence | np.ndarray):
+            raise TypeError(
+                f"devices is {kind(devices)}: give a list of devices, as jax.devices() returns, or a number"
+            )
         return len(devices)
     if isinstance(devices, bool) or devices < 1:
         raise ValueError(f"devices={devices!r}: give devices, or a positive number of devices that need not exist")
     return devices
 
 
-def resolve(layout: Layout | None, devices: Sequence[Any] | int | None) -> tuple[Layout, Sequence[Any] | int]:
-    """The layout with its sizes filled in, and its devices: by default all, or the first for the default layout."""
+def resolve(layout: Layout | str | None, devices: Sequence[Any] | int | None) -> tuple[Layout, Sequence[Any] | int]:
+    """The layout, or its text, with its sizes filled in, and its devices: all, or the first for the default layout."""
+    chosen = Layout.of(layout)
     if devices is None:
         devices = jax.devices()[:1] if layout is None else jax.devices()
-    return (layout or Layout()).resolve(count_devices(devices)), devices
+    return chosen.resolve(count_devices(devices)), devices
 
 
 def require_devices(mesh: Mesh | AbstractMesh) -> None:

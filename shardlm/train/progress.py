@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
+from shardlm._extras import install
+
 _MIN_BAR = 6  # columns that the live line keeps for the bar
 _NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}  # as JavaScript and Python's json spell them
 
@@ -210,7 +212,7 @@ def _summary_writer() -> Any:
     try:
         from tensorboardX import SummaryWriter  # an optional dependency, needed for events alone
     except ImportError as error:
-        raise ImportError("tensorboard=True needs tensorboardX: pip install 'shardlm[tensorboard]'") from error
+        raise ImportError(f"tensorboard=True needs tensorboardX: {install('tensorboard')}") from error
     return SummaryWriter
 
 

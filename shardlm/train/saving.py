@@ -95,13 +95,14 @@ class Saver:
         checkpoints: where to.
         say: shows a line in the run's log.
         saved: the newest step that has a checkpoint.
+        texts: files of the run's tokenizer, which every checkpoint keeps.
 
     Attributes:
         saved: the newest step known to have a checkpoint.
     """
 
-    def __init__(self, checkpoints: Checkpoints, say: Callable[[str], None], saved: int | None):
-        self.checkpoints, self.saved = checkpoints, saved
+    def __init__(self, checkpoints: Checkpoints, say: Callable[[str], None], saved: int | None, texts: Any = None):
+        self.checkpoints, self.saved, self._texts = checkpoints, saved, texts
         self._say = say
         self._started: int | None = None
 
@@ -118,7 +119,7 @@ class Saver:
         except SaveError as error:
             self._warn(error)
         try:
-            self.checkpoints.save(step, state, metadata, loss=loss)
+            self.checkpoints.save(step, state, metadata, loss=loss, texts=self._texts)
             self._started = step
         except SaveError as error:
             self._warn(error)
@@ -145,7 +146,7 @@ class Saver:
         if self.saved == step:
             return
         try:
-            self.checkpoints.save(step, state, metadata, loss=loss)
+            self.checkpoints.save(step, state, metadata, loss=loss, texts=self._texts)
             self._started = step
             self.wait()
         except SaveError as error:

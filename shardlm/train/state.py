@@ -14,8 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from shardlm._arguments import USED_UP, is_masked, is_used_up
 from shardlm._arguments import check_usable as check_arrays
 from shardlm.dims import Split
+from shardlm.models.kinds import require_params
 from shardlm.train.engine import Parameters, flatten, unflatten
 from shardlm.train.frozen import trained
+from shardlm.train.kinds import require_same_model, require_state
 from shardlm.train.program import Program
 
 
@@ -61,18 +63,20 @@ class TrainState:
 
 
 def check_usable(state: TrainState, like: TrainState) -> None:
-    """Raise ValueError for a state that a step has used up, on which XLA would crash, or with its layers elsewhere.
+    """Raise ValueError for a state that a step has used up, on which XLA would crash, or that is another model's.
 
     Args:
-        state: given by a user.
+        state: given by a user; what is no state at all is a TypeError.
         like: the trainer's abstract state.
     """
+    require_state(state, like)
     if state.layer_rows != like.layer_rows:
         found, expected = (x.layer_rows or "in the model's order" for x in (state, like))
         raise ValueError(
             f"this state's layers are stored for another pipeline: {found}, and here {expected}. Move it by a "
             "checkpoint: sl.save(path, state), then sl.restore(path, trainer)"
         )
+    require_same_model(state, like)
     check_arrays(state)
 
 
@@ -103,7 +107,7 @@ def place(program: Program, like: TrainState, params: Parameters) -> Parameters:
         ValueError: they are not this model's; every difference is listed, up to ten.
     """
     check_arrays(params, "init")
-    given, expected = flatten(params), flatten(like.params)
+    given, expected = flatten(require_params(params)), flatten(like.params)
     expected = {
         path: leaf
         for path, leaf in expected.items()

@@ -9,39 +9,41 @@ import jax
 import optax
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from shardlm._arguments import check_usable, seed_of
 from shardlm.inspect import Hardware, Report
 from shardlm.inspect.program import bytes_per_device
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
+from shardlm.models.kinds import require_config
 from shardlm.train import batch as batches_
 from shardlm.train import room, together
 from shardlm.train import state as states
 from shardlm.train.engine import Parameters
 from shardlm.train.evaluation import evaluate
 from shardlm.train.explain import explain
+from shardlm.train.facts import Facts
 from shardlm.train.fit import FitOptions, fit
 from shardlm.train.frozen import trained
+from shardlm.train.kinds import require_optimizer
 from shardlm.train.module import LossFunction, ModuleProgram
-from shardlm.train.optimizer import adamw
 from shardlm.train.program import Program, require_devices, resolve
 from shardlm.train.state import TrainState
 from shardlm.train.step import Metrics, make_gradients, make_step
 from shardlm.train.transformer import TransformerProgram
 
 Batch = Any
-"""Of a `sl.Transformer`: arrays [batch, sequence] by name: tokens, targets; optionally weights, segments, positions.
+"""Of a `sl.Transformer`: arrays [batch, sequence] by name, see `Trainer.step`; `sl.data.batch(tokens)` makes one.
 Of another module: any pytree of arrays [batch, ...]."""
 
 
-class Trainer:
+class Trainer(Facts):
     """Trains one model on one layout. Nothing is allocated, and nothing compiled, before the first call that needs it.
 
     Args:
         config: the model.
-        layout: how many devices serve each kind of parallelism; default one device.
+        layout: how many devices serve each kind of parallelism, a `Layout` or its text; default one device.
         optimizer: any Optax transformation. Default: `sl.adamw(3e-4, steps=1000)`.
         seed: of initial parameters and dropout.
         devices: default all of `jax.devices()`, or the first one for the default layout. A number means that many
@@ -69,22 +71,23 @@ class Trainer:
     def __init__(
         self,
         config: TransformerConfig,
-        layout: Layout | None = None,
+        layout: Layout | str | None = None,
         optimizer: optax.GradientTransformation | None = None,
         *,
         seed: int = 0,
         devices: Sequence[Any] | int | None = None,
         engine: str = "manual",
     ):
-        layout, devices = resolve(layout, devices)
-        self._hold(TransformerProgram.of(config, layout, devices, engine), optimizer, seed)
+        require_config(config)
+        chosen, devices = resolve(layout, devices)
+        self._hold(TransformerProgram.of(config, chosen, devices, engine), optimizer, seed)
 
     @classmethod
     def from_module(
         cls,
         make_module: Callable[[nnx.Rngs], nnx.Module],
         loss_fn: LossFunction,
-        layout: Layout | None = None,
+        layout: Layout | str | None = None,
         optimizer: optax.GradientTransformation | None = None,
         *,
         rules: Sequence[tuple[str, PartitionSpec]] | None = None,
@@ -120,9 +123,9 @@ class Trainer:
             >>> rules = [(r"hidden/kernel", P(None, "tensor")), (r".*", P())]
             >>> trainer = sl.Trainer.from_module(MLP, loss_fn, sl.Layout(fsdp=4, tensor=2), rules=rules)
         """
-        layout, devices = resolve(layout, devices)
+        chosen, devices = resolve(layout, devices)
         trainer = cls.__new__(cls)
-        trainer._hold(ModuleProgram.of(make_module, loss_fn, layout, devices, rules), optimizer, seed)
+        trainer._hold(ModuleProgram.of(make_module, loss_fn, chosen, devices, rules), optimizer, seed)
         return trainer
 
     def on_one_device(self) -> Self:
@@ -135,36 +138,9 @@ class Trainer:
         plan: Any = program.plan  # of our own kind, or of a module's
         self.program, self.plan, self.layout, self.mesh = program, plan, plan.layout, plan.mesh
         self.engine, self.seed = program.engine, seed_of(seed)
-        self.optimizer = adamw(3e-4, steps=1000) if optimizer is None else optimizer
+        self.optimizer = require_optimizer(optimizer)
         self.abstract_state = states.abstract(program, self.optimizer)
         self.state: TrainState | None = None
-
-    @property
-    def config(self) -> TransformerConfig:
-        """The configuration of a `sl.Transformer`, padded as the layout needs."""
-        if isinstance(self.program, TransformerProgram):
-            return self.program.config
-        raise AttributeError("config: a trainer made by from_module has none, it is of a sl.Transformer alone")
-
-    @cached_property
-    def num_parameters(self) -> int:
-        """Number of the model's parameters, padding of the vocabulary not counted."""
-        return self.program.num_parameters
-
-    @property
-    def has_devices(self) -> bool:
-        """Whether the mesh has devices to run on."""
-        return isinstance(self.mesh, Mesh)
-
-    @property
-    def first_device(self) -> Any:
-        """The mesh's first device; all are of its kind."""
-        return self.mesh.devices.flat[0]
-
-    @property
-    def batch_sharding(self) -> NamedSharding:
-        """The sharding of a batch array [batch, ...]."""
-        return self.program.batch_sharding
 
     def describe(self, *, parameters: bool = False) -> str:
         """What the layout does to this model, and what its state takes on a device; nothing is allocated for it.
@@ -225,7 +201,12 @@ class Trainer:
 
         Args:
             state: of `init`, `step` or `sl.restore`.
-            batch: the global batch, all microbatches together: arrays of the host, or of `place`.
+            batch: the global batch, all microbatches together: arrays of the host, or of `place`, by name, each [batch,
+                sequence]. `tokens` are the ids that the model reads. `targets` are the ids that it is to say, those of
+                `tokens` moved on by one: `targets[:, i]` is what follows `tokens[:, i]`. `sl.data.batch(tokens)` makes
+                both. Optional are `weights`, of each target in the loss (default
+                1, 0 for padding); `segments`, the document of each place, beyond which no place attends; `positions`.
+                Of a trainer made by `from_module`, what its loss function reads.
 
         Returns:
             The new state, and scalars still on their way: `loss`, the mean over weights before the update; `tokens`
@@ -317,6 +298,7 @@ class Trainer:
         evaluate_every: int | None = None,
         log_dir: str | Path | None = None,
         tensorboard: bool = False,
+        tokenizer: Any = None,
         verbose: bool = True,
         accept_changes: bool = False,
     ) -> TrainState:
@@ -325,7 +307,7 @@ class Trainer:
         Args:
             batches: batch i is for update i: an object indexed by step (a list, a Grain dataset), or an iterable, of
                 which a resumed run drops what it has used. `shardlm.data.Batches` goes on with the very next row, in
-                batches of any size.
+                batches of any size. `step` says what a batch is.
             steps: number of the last update.
             state: where to start, which is used up; default `init()`, or the newest checkpoint in `checkpoint_dir`,
                 whatever its layout.
@@ -336,7 +318,9 @@ class Trainer:
             held_out: batches to evaluate on at the end, and every `evaluate_every` updates: a list, or what else can be
                 read again and has an end.
             log_dir: where metrics.jsonl goes; default `checkpoint_dir`, and nowhere without either.
-            tensorboard: write TensorBoard events there too (`pip install 'shardlm[tensorboard]'`).
+            tensorboard: write TensorBoard events there too (needs the extra tensorboard).
+            tokenizer: what made the tokens, to be kept in every checkpoint; default that of `batches`, where they
+                are of `sl.data`. `sl.load_tokenizer(checkpoint)` reads it.
             verbose: False prints and writes nothing.
             accept_changes: go on from a checkpoint although the batches are others (data, order, sequence; with an
                 iterable of one's own, the number of rows). Every other difference is said, and needs no word.
@@ -355,7 +339,7 @@ class Trainer:
         """
         options = FitOptions(
             checkpoint_dir, checkpoint_every, keep, keep_every, keep_best, log_every, held_out, evaluate_every, log_dir,
-            tensorboard, verbose, accept_changes,
+            tensorboard, tokenizer, verbose, accept_changes,
         )  # fmt: skip
         return fit(self, batches, steps, state, options)
 

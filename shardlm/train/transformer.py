@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from shardlm._text import fold, size, table
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
+from shardlm.models.kinds import require_config
 from shardlm.models.transformer import Transformer, count_parameters
 from shardlm.train import arrange
 from shardlm.train import batch as batches
@@ -48,6 +49,7 @@ class TransformerProgram:
     @classmethod
     def of(cls, config: TransformerConfig, layout: Layout, devices: Any, engine: str) -> "TransformerProgram":
         """Plan `config` on `layout`, whose sizes are filled in; `LayoutError` where the model does not fit."""
+        require_config(config)
         if engine not in engines.ENGINES:
             raise ValueError(f"engine={engine!r}; it is one of {', '.join(map(repr, engines.ENGINES))}")
         layout.check(config)

@@ -10,8 +10,10 @@ import numpy as np
 import optax
 
 from shardlm._arguments import seed_of
+from shardlm._dtypes import full_name
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
+from shardlm.models.kinds import require_config
 from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
 from shardlm.verification import explain, inputs, needs
@@ -24,7 +26,7 @@ DTYPES = ("float32", "float64")
 
 def verify(
     subject: TransformerConfig | Trainer,
-    layout: Layout | None = None,
+    layout: Layout | str | None = None,
     batch: Mapping[str, Any] | None = None,
     steps: int = 3,
     *,
@@ -48,8 +50,8 @@ def verify(
             layout takes.
         steps: updates to make, on the same batch.
         optimizer: default AdamW (rate 1e-2, epsilon 1e-4) after clipping; not given with a trainer.
-        dtype: "float32" or "float64", in which model and parameters are put for this, whatever the configuration says;
-            default float32, and a trainer's own. float64 needs no global setting.
+        dtype: "float32" or "float64" ("f32", "f64"), in which model and parameters are put for this, whatever the
+            configuration says; default float32, and a trainer's own. float64 needs no global setting.
         seed: of parameters, batch and dropout.
         devices: default the first of `jax.devices()`, as many as the layout has.
         engine: "manual" or "auto", of the layout's side.
@@ -81,11 +83,11 @@ def verify(
         if names:
             raise ValueError(f"verify: the trainer has its own {' and '.join(names)}: leave out {', '.join(names)}=")
         return _verify(subject, batch, steps, seed, tolerance, ())
-    if not isinstance(subject, TransformerConfig):
-        raise TypeError(f"verify takes a TransformerConfig or a Trainer, not a {type(subject).__name__}")
+    require_config(subject, "what verify is to check, a configuration or a Trainer,")
     if layout is None:
         raise ValueError("verify: with a configuration goes a layout to verify, as in sl.Layout(data=2, tensor=2)")
-    dtype = "float32" if dtype is None else dtype
+    layout = Layout.of(layout)
+    dtype = "float32" if dtype is None else full_name(dtype)
     if dtype not in DTYPES:
         raise ValueError(f"verify: dtype={dtype!r}; it is one of {', '.join(map(repr, DTYPES))}")
     with _precision(dtype):

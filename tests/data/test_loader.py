@@ -242,10 +242,11 @@ def test_load_takes_a_tokenizer_seed_and_rows():
     np.testing.assert_array_equal(data.train[2]["tokens"], whole.train[2]["tokens"][1:])
 
 
-def test_load_of_one_file_says_how_to_evaluate(tmp_path):
-    (tmp_path / "only.txt").write_text("to be or not to be")
-    with pytest.raises(ValueError, match="name a separate file or folder as held_out, or pass held_out=0"):
-        load(tmp_path / "only.txt")
+def test_load_of_one_file_holds_out_its_end(tmp_path):
+    (tmp_path / "only.txt").write_text("to be or not to be\n" * 20)
+    data = load(tmp_path / "only.txt", sequence=8, batch_size=2, held_out=0.2)
+    # Each part ends in a token of its own.
+    assert [sizes["tokens"] for sizes in data.counts.values()] == [19 * 16 + 1, 19 * 4 + 1]
 
 
 def test_the_default_text_needs_no_path():

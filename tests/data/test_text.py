@@ -1,10 +1,18 @@
 """Documents are found in the same order everywhere, nothing is lost in silence, and a split depends on names alone."""
 
+import json
 import sysconfig
 
 import pytest
 
-from shardlm.data import Document, read_documents, split_documents, standard_library
+from shardlm.data import (
+    Document,
+    are_examples,
+    read_documents,
+    read_examples,
+    split_documents,
+    standard_library,
+)
 
 
 @pytest.fixture
@@ -132,19 +140,69 @@ def test_holding_out_nothing_keeps_every_document():
     assert split_documents(numbered(1), 0) == (numbered(1), [])
 
 
-def test_one_document_cannot_be_split_and_the_error_says_what_to_do():
-    with pytest.raises(
-        ValueError,
-        match=r"held_out=0\.05 splits 1 into 1 \(6 characters\) to train on and 0 \(0 characters\) held out.*"
-        r"give at least two, name a separate file or folder as held_out, or pass held_out=0",
-    ):
-        split_documents(numbered(1))
+@pytest.mark.parametrize("fraction", [0.01, 0.05, 0.3, 0.99])
+@pytest.mark.parametrize(
+    "text", ["ab", "to be\nor not\n" * 40, "one line " * 99, "\n" * 5, "é\r\n" * 9, "a\n" + "b" * 50]
+)
+def test_of_the_only_document_the_end_is_held_out(fraction, text):
+    others = [Document("empty.txt", "")]
+    train, held = split_documents([Document("a.txt", text), *others], fraction)
+    assert "".join(document.text for document in train + held) == text
+    assert all("".join(document.text for document in side) for side in (train, held))
+    wanted = fraction * len(text)
+    assert 1 <= len(held[0].text) <= max(2 * wanted + 2, 2)
 
 
-def test_a_side_whose_documents_are_empty_is_an_error():
-    documents = [Document("0.txt", "text"), Document("1.txt", "")]
-    with pytest.raises(ValueError, match="both sides need text"):
+def test_the_end_of_a_document_begins_at_a_line():
+    train, held = split_documents([Document("a.txt", "to be\nor not\n" * 40)], 0.1)
+    assert train[0].text.endswith("\n") and held[0].text.startswith(("to be", "or not"))
+
+
+def test_a_document_of_one_character_cannot_be_split_and_the_error_says_what_to_do():
+    with pytest.raises(ValueError, match=r"a.txt: it has 1 character.*pass held_out=0 \(--held-out 0\)"):
+        split_documents([Document("a.txt", "a")])
+
+
+def test_sides_that_are_both_without_text_are_an_error():
+    documents = [Document("0.txt", ""), Document("1.txt", "")]
+    with pytest.raises(ValueError, match="both sides need text; name a file or folder of its own"):
         split_documents(documents)
+
+
+def test_lines_of_json_are_documents(tmp_path):
+    lines = [{"text": f"document {i}\u2028", "url": "x"} for i in range(12)]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf\n" + "\r\n".join(map(json.dumps, lines)).encode())
+    (tmp_path / "b.txt").write_text("text")
+    found = read_documents(tmp_path)
+    assert {document.text for document in found} == {line["text"] for line in lines} | {"text"}
+    assert {document.name for document in found if document.text.startswith("document 0")} == {"a.jsonl:2"}
+    assert read_documents(tmp_path / "a.jsonl")[0].name.startswith("a.jsonl:")
+    assert not are_examples(tmp_path / "a.jsonl") and not are_examples([tmp_path / "a.jsonl", tmp_path / "b.txt"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": 3}', r'1 of 2 lines hold no text:\n  .*a.jsonl:2: no string under "text"'),
+        ("nonsense", r"a.jsonl:2: not JSON: Expecting value at column 1"),
+        ('{"text": "\\ud800"}', 'no string under "text"'),
+        ('{"prompt": "a", "completion": "b"}', 'no string under "text"'),
+        ("[]", 'no string under "text"'),
+    ],
+)
+def test_lines_that_hold_no_text_are_counted_in_one_error(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + line)
+    with pytest.raises(ValueError, match=message):
+        read_documents(tmp_path / "a.jsonl")
+
+
+def test_examples_are_no_text_and_documents_no_examples(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    with pytest.raises(ValueError, match="holds examples, prompts and completions, and no text: .*load_examples"):
+        read_documents(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(ValueError, match="is a document, and no example: files of them go to sl.data.load"):
+        read_examples(tmp_path / "b.jsonl")
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1, 1.5, float("nan")])

@@ -127,7 +127,7 @@ def test_bpe_cannot_be_smaller_than_its_bytes():
 
 def test_without_the_tokenizers_package_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"pip install 'shardlm\[hf\]', or use tokenizer='bytes'"):
+    with pytest.raises(ImportError, match=r"pip install -e '.\[hf\]' .*, or use tokenizer='bytes'"):
         make_tokenizer("bpe:300", TEXTS, cache=None)
     assert make_tokenizer("bytes", TEXTS).decode([104, 105]) == "hi"
 

@@ -46,7 +46,8 @@ def test_a_learning_rate_of_zero_gives_back_the_model_and_its_tokenizer(run, fol
     target = tmp_path / "same"
     status, output, errors = run("--init-from", folders / "model", *layout, "--learning-rate", 0, "--save-hf", target)
     assert status == 0, errors
-    assert output.splitlines()[-1] == f"saved {target}"
+    assert f"saved {target}" in output.splitlines()
+    assert f"generate --model {target} --prompt" in output.splitlines()[-2]
     _, expected, _ = load(folders / "model", dtype="float32")
     config, found, tokenizer = load(target)
     assert config.param_dtype == "float32"
@@ -99,7 +100,8 @@ def test_a_preset_and_a_model_exclude_each_other(run, folders, capsys):
 def test_a_model_of_bytes_is_written_without_a_tokenizer(run, folders, tmp_path):
     status, output, errors = run("--init-from", folders / "bare", "--tokenizer", "bytes", "--save-hf", tmp_path / "a")
     assert status == 0, errors
-    assert output.splitlines()[-1].endswith("without a tokenizer, as there is no file for ByteTokenizer")
+    assert "without a tokenizer, as there is no file for ByteTokenizer\n" in output
+    assert "generate" not in output.splitlines()[-1] and "--tokenizer bytes" in output.splitlines()[-1]
     assert not (tmp_path / "a/tokenizer.json").exists()
 
 

@@ -52,7 +52,11 @@ def test_a_checkpoint_becomes_a_folder(run, tmp_path):
     assert {x.dtype for x in stored(tmp_path / "b").values()} == {np.dtype("float32")}
     assert load(tmp_path / "b")[0].param_dtype == "float32"
 
-    status, _, errors = run(tmp_path / "runs", tmp_path / "c")
+    status, output, _ = run(tmp_path / "runs", tmp_path / "c")  # a run's folder is its newest checkpoint
+    assert status == 0 and "without a tokenizer, as the model's is not known, from" in output
+    assert_same_files(tmp_path / "c", DATA / "gemma2")
+    (tmp_path / "none").mkdir()
+    status, _, errors = run(tmp_path / "none", tmp_path / "d")
     assert status == 2 and "it has no config.json" in errors
 
 

@@ -244,7 +244,7 @@ def test_importing_shardlm_imports_no_package_of_an_extra():
 
 def test_without_the_extra_the_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r"to read safetensors files: pip install 'shardlm\[hf\]'"):
+    with pytest.raises(ImportError, match=r"to read safetensors files: pip install -e '.\[hf\]'"):
         load(DATA / "llama3")
 
 

@@ -523,7 +523,7 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch, reports,
     trainer = trainer_of("fsdp=8")
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"pip install 'shardlm\[plots\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '.\[plots\]'"):
         {
             "mesh": lambda: sl.inspect.draw_mesh(trainer.layout),
             "parameter": lambda: sl.inspect.draw_parameter(trainer, QUERY),

@@ -127,9 +127,9 @@ def test_a_collective_that_is_missing_or_runs_more_often_is_seen(name: str):
 
 def test_a_missing_compiler_is_named_with_what_installs_it(monkeypatch):
     monkeypatch.setattr(topologies, "installed", lambda platform: False)
-    with pytest.raises(ImportError, match=r"GPU compiler is not installed: pip install 'shardlm\[topologies\]'"):
+    with pytest.raises(ImportError, match=r"GPU compiler is not installed: pip install -e '.\[topologies\]'"):
         topologies.gpus(8)
-    with pytest.raises(ImportError, match=r"TPU compiler is not installed: pip install 'shardlm\[tpu\]'"):
+    with pytest.raises(ImportError, match=r"TPU compiler is not installed: pip install -e '.\[tpu\]'"):
         topologies.tpus("v5e:2x4")
 
 

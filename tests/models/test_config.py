@@ -139,7 +139,7 @@ def test_a_part_names_what_is_wrong_and_what_is_legal(part, fields, message):
         ({"logit_soft_cap": 0.0}, "logit_soft_cap=0.0; it is positive, or None$"),
         ({"embedding_scale": -1.0}, "embedding_scale=-1.0; it is positive, or None$"),
         ({"dtype": "int8"}, "dtype='int8'; it is one of float32, bfloat16, float16, float64$"),
-        ({"param_dtype": "fp32"}, "param_dtype='fp32'; it is one of float32, bfloat16, float16, float64$"),
+        ({"param_dtype": "fp8"}, "param_dtype='fp8'; it is one of float32, bfloat16, float16, float64$"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "",
 )

@@ -103,6 +103,43 @@ def test_a_wrong_batch_is_an_error_that_says_what_is_wrong(trainer, batch, messa
         trainer.place(batch)
 
 
+TEXT = np.random.default_rng(1).integers(0, VOCABULARY, (ROWS, SEQUENCE))
+
+
+@pytest.mark.parametrize("weights", [None, "rows", "every other", "from the third"])
+@pytest.mark.parametrize("segments", [False, True])
+def test_targets_equal_to_tokens_are_refused_and_those_moved_on_are_not(trainer, weights, segments):
+    given = {
+        None: np.ones(TEXT.shape),
+        "rows": np.repeat([[1], [0], [1], [1]], SEQUENCE, 1),
+        "every other": np.tile([0, 1], (ROWS, SEQUENCE // 2)),
+        "from the third": np.tile(np.arange(SEQUENCE) > 2, (ROWS, 1)),
+    }[weights]
+    targets = np.where(given, TEXT, 5)
+    wrong = {"tokens": TEXT, "targets": targets} | ({} if weights is None else {"weights": given.astype(np.float32)})
+    wrong |= {"segments": np.repeat([[0, 1]], SEQUENCE // 2, 1).repeat(ROWS, 0)} if segments else {}
+    with pytest.raises(ValueError, match=r"batch: targets are equal to tokens.*sl.data.batch\(tokens\) makes them"):
+        trainer.place(wrong)
+    right = sl.data.batch(TEXT, weights=given, segments=wrong.get("segments"))
+    assert sorted(trainer.place(right)) == sorted(right)
+
+
+@pytest.mark.parametrize("changes", [
+    {"targets": np.where(np.arange(SEQUENCE) == 4, (TEXT + 1) % VOCABULARY, TEXT)},  # but for a column
+    {"tokens": np.full((ROWS, SEQUENCE), 3), "targets": np.full((ROWS, SEQUENCE), 3)},  # a row of one token, moved on
+    {"targets": TEXT, "weights": np.eye(ROWS, SEQUENCE) * (np.arange(ROWS) == 1)[:, None]},  # one answer
+    {"tokens": np.repeat([[1, 2, 3, 3]], ROWS, 0), "targets": np.repeat([[2, 3, 3, 4]], ROWS, 0),
+     "weights": np.repeat([[0.0, 0, 1, 0]], ROWS, 0)},
+])  # fmt: skip
+def test_what_is_equal_by_chance_is_taken(trainer, changes):
+    trainer.place({"tokens": TEXT} | changes)
+
+
+def test_tokens_alone_are_told_what_makes_a_batch(trainer):
+    with pytest.raises(ValueError, match=r"'targets' is missing: .* sl.data.batch\(tokens\) makes a batch with them"):
+        trainer.place({"tokens": TEXT})
+
+
 def test_all_that_is_wrong_is_one_error(trainer):
     with pytest.raises(ValueError) as error:
         trainer.place({"token": ones(4, 8), "targets": np.zeros((4, 8)), "weights": ones(4)})

@@ -318,7 +318,7 @@ def test_a_metric_cannot_take_the_name_of_the_step():
 
 def test_tensorboard_without_its_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ImportError, match=r"needs tensorboardX: pip install 'shardlm\[tensorboard\]'"):
+    with pytest.raises(ImportError, match=r"needs tensorboardX: pip install -e '.\[tensorboard\]'"):
         Progress(total=300, directory=tmp_path, tensorboard=True, console=console())
 
 

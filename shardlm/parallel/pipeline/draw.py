@@ -5,6 +5,7 @@ from functools import partial
 from io import BytesIO
 from typing import Any
 
+from ..._extras import install
 from .schedule import Kind, Operation
 from .simulate import Simulation
 
@@ -36,7 +37,7 @@ def chart(simulation: Simulation, title: str | None = None) -> Any:
     schedule, so that lengths compare between pictures too; `charts` puts them below each other.
 
     Raises:
-        ImportError: without matplotlib, which `pip install 'shardlm[plots]'` brings.
+        ImportError: without matplotlib, which the extra plots brings.
     """
     return charts({title or "": simulation})
 
@@ -58,7 +59,7 @@ def charts(simulations: Mapping[str, Simulation]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("charts need matplotlib: pip install 'shardlm[plots]'") from error
+        raise ImportError(f"charts need matplotlib: {install('plots')}") from error
     if not simulations:
         raise ValueError("no simulation to draw: give at least one, by its title, as in {'1f1b': simulation}")
     end = max(simulation.makespan for simulation in simulations.values())

@@ -172,7 +172,7 @@ def test_operations_that_take_no_time_are_not_drawn():
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'shardlm\[plots\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '.\[plots\]'"):
         chart(asynchronous(orders("1f1b", 2, 3)))
 
 
