@@ -20,7 +20,8 @@ def is_used_up(tree: Any) -> bool:
 
     Scalars are left when a checkpoint is being written.
     """
-    return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(tree))
+    arrays = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
+    return any(leaf.is_deleted() for leaf in arrays if not isinstance(leaf, jax.core.Tracer))
 
 
 def check_usable(tree: Any, what: str = "") -> None:

@@ -148,7 +148,7 @@ def test_a_state_of_another_model(state):
 
 def test_batches_of_another_kind(trainer):
     data = sl.data.load([sl.data.Document("a", "to be " * 40)], "bytes", 8, 2)
-    with pytest.raises(ValueError, match="batches is all that sl.data.load returned: .* data.train"):
+    with pytest.raises(TypeError, match="batches is data of sl.data.load, .* give data.train"):
         trainer.fit(data, 1)
     with pytest.raises(TypeError, match=r"batch: a ndarray; it is a dict of arrays.*sl.data.batch\(tokens\) makes one"):
         trainer.place(np.zeros((2, 8), np.int32))

@@ -100,8 +100,6 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
         raise ValueError(
             "fit: batches is one batch: give a list of batches, or itertools.repeat(batch) to train on it alone"
         )
-    if hasattr(batches, "train") and hasattr(batches, "tokenizer"):
-        raise ValueError("fit: batches is all that sl.data.load returned: give its batches to train on, data.train")
     check_source(batches)
     if state is not None:
         check_usable(state, trainer.abstract_state)
