@@ -23,11 +23,13 @@ from shardlm.layout import Layout
 from shardlm.models.cache import Cache, kinds_of
 from shardlm.models.config import TransformerConfig
 from shardlm.parallel import tensor
+from shardlm.runtime.memory import memory_of
 from shardlm.train import engine
 from shardlm.train.engine import Parameters, Plan, flatten, unflatten
 from shardlm.train.program import count_devices, megabytes, require_devices
 from shardlm.train.transformer import TransformerProgram
 
+MAX_LENGTH = 2**31 - 1  # of a row: positions are int32
 _TABLES = ("embedding/table", "head/table")
 
 
@@ -208,17 +210,45 @@ class ShardedModel:
         )
         return run(params, tokens, counts, beside, cache)
 
-    def describe(self, rows: int, max_length: int, added: int) -> str:
-        """What a device keeps while it generates `rows` rows of up to `max_length` tokens."""
-        c, layout = self.config, self.layout
+    def bytes_held(self, rows: int, max_length: int, added: int) -> tuple[int, int]:
+        """Bytes of parameters and of the cache on each device."""
         cache = jax.eval_shape(lambda: self.empty_cache(rows, max_length, added))
-        parts = layout.batch_shards * layout.tensor
+        parts = self.layout.batch_shards * self.layout.tensor
         held = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*cache.keys, *cache.values)) // parts
         params = sum(
             math.prod(NamedSharding(self.plan.mesh, self.plan.splits[path].stored).shard_shape(leaf.shape))
             * leaf.dtype.itemsize
             for path, leaf in flatten(self.plan.shapes).items()
         )
+        return params, held
+
+    def check_memory(self, rows: int, max_length: int, added: int) -> None:
+        """Refuse what no device can hold.
+
+        Raises:
+            ValueError: the cache of so many rows and tokens has no place beside the parameters.
+        """
+        if max_length > MAX_LENGTH:
+            raise ValueError(
+                f"rows of {max_length:,} tokens of prompt and continuation, whose positions are counted up to "
+                f"{MAX_LENGTH:,}: ask for less with max_new_tokens or max_length"
+            )
+        params, held = self.bytes_held(rows, max_length, added)
+        devices = self.plan.mesh.devices.ravel().tolist()
+        memory = memory_of(devices)
+        if memory is not None and params + held > memory:
+            raise ValueError(
+                f"{rows:,} rows of up to {max_length:,} tokens need {megabytes(held)} of cache beside "
+                f"{megabytes(params)} of parameters on each of {len(devices)} devices, which have {megabytes(memory)}: "
+                "give fewer rows with batch_size or num_beams, fewer tokens with max_new_tokens or max_length, or a "
+                "layout of more devices"
+            )
+
+    def describe(self, rows: int, max_length: int, added: int) -> str:
+        """What a device keeps while it generates `rows` rows of up to `max_length` tokens."""
+        c, layout = self.config, self.layout
+        cache = jax.eval_shape(lambda: self.empty_cache(rows, max_length, added))
+        params, held = self.bytes_held(rows, max_length, added)
         kinds = [
             f"{keys.shape[0]} layers {'without a window' if window is None else f'with a window of {window}'} keep "
             f"{keys.shape[3]} tokens"
