@@ -10,6 +10,7 @@ import numpy as np
 from shardlm._errors import LayoutError, is_int
 from shardlm.generate import batching
 from shardlm.generate.beam import Beam, find, searches
+from shardlm.generate.encode import check_tokenizer, special_ids
 from shardlm.generate.loop import STEPS, Programs, programs
 from shardlm.generate.model import ShardedModel
 from shardlm.generate.requests import Request, end_tokens, requests
@@ -68,13 +69,15 @@ def generate(
             remat, reduce_gradients) are not looked at, and `sequence_parallel` is left out with a warning.
         max_new_tokens: of all requests, or of each.
         tokenizer: has `encode` (to ids, or to an object with `ids`) and `decode`; for prompts, texts and `stop`.
-            Prompts get what it puts around a text, such as the id that begins one.
+            Prompts get what it puts around a text, such as the id that begins one, unless they begin with that id's
+            text, as those of a chat template do.
         temperature: 0, the default, takes the likeliest token; otherwise logits are divided by it.
         top_k, top_p, min_p, repetition_penalty: see `Sampling`.
         seeds: of each request, from 0 to 2**32 - 1; a number s gives prompt i the seed s + i.
         eos: one id or several that end a continuation, () for none; default those that the tokenizer names (`ends`,
             `eos_token_id` or `end`).
-        stop: strings that end a continuation where its text has one; needs a tokenizer.
+        stop: strings that end a continuation where its text has one, or where it has the special token of this text;
+            needs a tokenizer.
         logprobs: True for the log-probability of every token; a number k for the k likeliest tokens besides.
         num_beams: more than 1 search for the likeliest continuation with so many beams, which takes as many rows for
             each prompt; without sampling, penalty, stop strings, logprobs and streaming.
@@ -107,15 +110,15 @@ def generate(
         if not is_int(value) or value < 1 or (most is not None and value > most):
             raise ValueError(f"{name}={value!r} is not a whole number from 1" + (f" to {most}" if most else ""))
     options = None
-    if num_beams != 1 or (length_penalty, early_stopping) != (1.0, False):
+    if num_beams != 1 or isinstance(num_beams, bool) or (length_penalty, early_stopping) != (1.0, False):
         options = Beam(beams=num_beams, length_penalty=length_penalty, early_stopping=early_stopping)
         without = {"sampling or a penalty": chosen.kind, "logprobs": logprobs, "stop": stop, "stream": stream}
         if wrong := [name for name, given in without.items() if given]:
             raise ValueError(f"num_beams={num_beams} goes without {', '.join(wrong)}: leave them out")
     job = prepare(
         config, params, prompts, layout, max_new_tokens=max_new_tokens, tokenizer=tokenizer, seeds=seeds, eos=eos,
-        stop=stop, batch_size=batch_size, max_length=max_length, chunk=prefill_chunk,
-        beams=num_beams, devices=devices,
+        stop=stop, batch_size=batch_size, max_length=max_length, chunk=prefill_chunk, devices=devices,
+        beams=1 if options is None else options.beams,
     )  # fmt: skip
     if options is not None:
         return _searched(job, options)
@@ -165,11 +168,12 @@ def prepare(
     devices: Sequence[Any] | None = None,
 ) -> Job:
     """Check everything, and put the parameters where they are needed; arguments and errors as of `generate`."""
+    check_tokenizer(tokenizer)
     if max_length is not None and (not is_int(max_length) or max_length < 1):
         raise ValueError(f"max_length={max_length!r} is not a whole number from 1, or None")
     strings = stop_strings(stop, tokenizer)
     found = requests(config, prompts, tokenizer, max_new_tokens, seeds, max_length)
-    ends = end_tokens(config, eos, tokenizer)
+    ends = end_tokens(config, eos, tokenizer, special_ids(tokenizer, strings) if strings else ())
     model = ShardedModel.of(config, layout, devices)
     longest = max(request.length for request in found)
     length = room(longest, config.max_sequence) if max_length is None else max_length

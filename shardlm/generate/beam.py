@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from shardlm._errors import is_int
 from shardlm.generate.loop import NONE
 from shardlm.generate.model import ShardedModel
 from shardlm.generate.requests import Request
 from shardlm.models.cache import Cache
 from shardlm.train.engine import Parameters
 
+_STEEPEST = 8  # exponent of a length, in float32
 _NEVER = -1e9  # the score of what may not be chosen; finite, as transformers has it
 
 
@@ -49,10 +51,11 @@ class Beam:
 
     def __post_init__(self):
         problems = []
-        if not isinstance(self.beams, int) or self.beams < 2:
+        if not is_int(self.beams) or self.beams < 2:
             problems.append(f"num_beams={self.beams!r} is not a whole number from 2 (1 is no beam search)")
-        if not isinstance(self.length_penalty, int | float) or not np.isfinite(self.length_penalty):
-            problems.append(f"length_penalty={self.length_penalty!r} is not a finite number")
+        number = isinstance(self.length_penalty, int | float) and not isinstance(self.length_penalty, bool)
+        if not number or not -_STEEPEST <= self.length_penalty <= _STEEPEST:
+            problems.append(f"length_penalty={self.length_penalty!r} is not a number from {-_STEEPEST} to {_STEEPEST}")
         if self.early_stopping not in (True, False, "never"):
             problems.append(f"early_stopping={self.early_stopping!r} is not True, False or 'never'")
         if problems:

@@ -32,6 +32,7 @@ from shardlm.train.program import require_devices, resolve
 from shardlm.train.transformer import TransformerProgram
 
 _TABLES = ("embedding/table", "head/table")
+MAX_LENGTH = 2**31 - 1  # of a row: positions are int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,7 +250,12 @@ class ShardedModel:
         return "\n".join(map(fold, lines))
 
     def cache_bytes(self, rows: int, max_length: int, added: int) -> int:
-        """Bytes of the cache's keys and values on each device."""
+        """Bytes of the cache's keys and values on each device; ValueError where rows are too long to be counted."""
+        if max_length > MAX_LENGTH:
+            raise ValueError(
+                f"rows of {max_length:,} tokens of prompt and continuation, whose positions are counted up to "
+                f"{MAX_LENGTH:,}: ask for less with max_new_tokens or max_length"
+            )
         cache = jax.eval_shape(lambda: self.empty_cache(rows, max_length, added))
         whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*cache.keys, *cache.values))
         return whole // (self.layout.batch_shards * self.layout.tensor)

@@ -1,13 +1,13 @@
 """What is to be generated, checked: prompts as token ids, how many tokens, where to stop, with which seeds."""
 
-import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from shardlm._errors import is_int
+from shardlm.generate.encode import encode
 from shardlm.models.config import TransformerConfig
 
 MAX_SEED = 2**32 - 1
@@ -35,19 +35,6 @@ class Request:
         return len(self.prompt) + self.limit
 
 
-def encode(tokenizer: Any, text: str, special: bool = False) -> np.ndarray:
-    """The ids of a text: int64[n].
-
-    Args:
-        tokenizer: its `encode` returns ids, or an object with `ids` as in `tokenizers`.
-        text: what to encode.
-        special: with what the tokenizer puts around a text, where its `encode` leaves that to an argument of this name.
-    """
-    options = {"special": True} if special and "special" in inspect.signature(tokenizer.encode).parameters else {}
-    found = tokenizer.encode(text, **options)
-    return np.asarray(getattr(found, "ids", found), np.int64)
-
-
 def requests(
     config: TransformerConfig,
     prompts: Any,
@@ -69,26 +56,26 @@ def requests(
     Raises:
         TypeError, ValueError: one error that lists what is wrong with which prompt.
     """
-    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, str | bytes | Mapping | Set) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts is a {type(prompts).__name__}; it is a list, of one prompt too: [prompt]")
     given = list(prompts)
     if not given:
         raise ValueError("prompts is empty; it is a list of at least one prompt")
-    if any(isinstance(prompt, int | np.integer) for prompt in given):
+    if any(isinstance(prompt, int | float | np.number) for prompt in given):
         raise TypeError("prompts holds numbers; it is a list of prompts, each a list of token ids: [prompt]")
+    for i, prompt in enumerate(given):
+        if not (isinstance(prompt, Sequence) or hasattr(prompt, "__array__")) or isinstance(prompt, bytes):
+            raise TypeError(f"prompt {i} is a {type(prompt).__name__}; it is a string, or a list of token ids")
     if any(isinstance(prompt, str) for prompt in given) and tokenizer is None:
         raise ValueError("prompts are strings, and there is no tokenizer: give tokenizer=, or token ids")
     limits = _each("max_new_tokens", max_new_tokens, len(given), lambda i: 0)
     numbers = _each("seeds", seeds, len(given), lambda i: i)
-    problems = [f"max_new_tokens={n!r} is not at least 1" for n in dict.fromkeys(limits) if not (is_int(n) and n >= 1)]
-    problems += [
-        f"seed {n!r} is not from 0 to {MAX_SEED}"
-        for n in dict.fromkeys(numbers)
-        if not (is_int(n) and 0 <= n <= MAX_SEED)
-    ]
+    wrong = [f"max_new_tokens={n!r} is not a whole number from 1" for n in limits if not (is_int(n) and n >= 1)]
+    wrong += [f"seed {n!r} is not from 0 to {MAX_SEED}" for n in numbers if not (is_int(n) and 0 <= n <= MAX_SEED)]
+    problems = list(dict.fromkeys(wrong))
     ids: list[np.ndarray] = []
     for i, prompt in enumerate(given):
-        ids.append(encode(tokenizer, prompt, special=True) if isinstance(prompt, str) else np.asarray(prompt))
+        ids.append(encode(tokenizer, prompt, special=None) if isinstance(prompt, str) else _row(prompt))
         problems += _wrong(f"prompt {i}", ids[-1], config)
     if problems:
         raise ValueError("; ".join(problems))
@@ -106,7 +93,9 @@ def requests(
     return found
 
 
-def end_tokens(config: TransformerConfig, eos: int | Sequence[int] | None, tokenizer: Any) -> np.ndarray:
+def end_tokens(
+    config: TransformerConfig, eos: int | Sequence[int] | None, tokenizer: Any, more: Sequence[int] = ()
+) -> np.ndarray:
     """The ids that end a continuation, int32[n], filled up to a multiple of 8 with what is no token.
 
     Args:
@@ -114,26 +103,35 @@ def end_tokens(config: TransformerConfig, eos: int | Sequence[int] | None, token
         eos: one id, or several, none of them for no end; None asks the tokenizer for `ends`, `eos_token_id` or `end`,
             the first that it has.
         tokenizer: or None.
+        more: ids besides these.
     """
     if eos is None:
         names = ("ends", "eos_token_id", "end")
         found: Any = next((x for name in names if (x := getattr(tokenizer, name, None)) is not None), ())
     else:
         found = eos
-    ids = [found] if isinstance(found, int | np.integer) else list(found)
-    if wrong := [x for x in ids if not isinstance(x, int | np.integer) or not 0 <= x < config.vocab_size]:
+    given = list(found) if isinstance(found, Iterable) and not isinstance(found, str | bytes) else [found]
+    ids = list(dict.fromkeys([*(x.item() if isinstance(x, np.generic) else x for x in given), *more]))
+    if wrong := [x for x in ids if not is_int(x) or not 0 <= x < config.vocab_size]:
         raise ValueError(f"eos: {wrong} are not ids of the model, which has 0 to {config.vocab_size - 1}")
     return np.array(ids + [-1] * (-len(ids) % 8 or 8 * (not ids)), np.int32)
 
 
 def _each(name: str, value: Any, count: int, offset: Any) -> list[Any]:
     value = value.item() if isinstance(value, np.integer) else value
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable) or np.ndim(value) == 0:  # type: ignore
         return [value + offset(i) if is_int(value) else value for i in range(count)]
     values = [x.item() if isinstance(x, np.integer) else x for x in value]
     if len(values) != count:
         raise ValueError(f"{name} has {len(values)} entries for {count} prompts; give one for each, or one number")
     return values
+
+
+def _row(prompt: Any) -> np.ndarray:
+    try:
+        return np.asarray(prompt)
+    except ValueError:  # lists of several lengths in it
+        return np.asarray(prompt, object)
 
 
 def _wrong(name: str, ids: np.ndarray, config: TransformerConfig) -> list[str]:

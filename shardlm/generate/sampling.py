@@ -11,7 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+SMALLEST = 1e-6  # of what logits are divided by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +40,27 @@ class Sampling:
     repetition_penalty: float | None = None
 
     def __post_init__(self):
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), np.number):
+                object.__setattr__(self, field.name, value.item())
         legal = {
-            "temperature": (self.temperature, lambda x: 0 <= x < math.inf, "0 or a finite number above it"),
-            "top_k": (self.top_k, lambda x: isinstance(x, int) and x >= 1, "a whole number of at least 1, or None"),
+            "temperature": (
+                self.temperature,
+                lambda x: x == 0 or SMALLEST <= x < math.inf,
+                f"0 or a finite number above it, from {SMALLEST}: logits are divided by it in float32",
+            ),
+            "top_k": (
+                self.top_k,
+                lambda x: isinstance(x, int) and 1 <= x < 2**31,
+                "a whole number of at least 1 and below 2**31, or None",
+            ),
             "top_p": (self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1, or None"),
             "min_p": (self.min_p, lambda x: 0 <= x <= 1, "from 0 to 1, or None"),
-            "repetition_penalty": (self.repetition_penalty, lambda x: 0 < x < math.inf, "above 0, or None"),
+            "repetition_penalty": (
+                self.repetition_penalty,
+                lambda x: SMALLEST <= x < math.inf,
+                f"a finite number from {SMALLEST}, or None",
+            ),
         }
         problems = [
             f"{name}={value!r} is not {expected}"

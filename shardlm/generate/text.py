@@ -1,9 +1,11 @@
 """A continuation as text: where a stop string ends it, and what of it can be shown already."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from shardlm.generate.encode import decode
 
 _UNFINISHED = "\ufffd"  # how the bytes of a character decode that has not all of them yet
 
@@ -46,7 +48,7 @@ class Detokenizer:
         return any(s in text for s in self.stop)
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode([int(t) for t in tokens if int(t) not in self.eos])
+        return decode(self.tokenizer, [t for t in tokens if int(t) not in self.eos])
 
 
 def stop_strings(stop: str | Sequence[str] | None, tokenizer: Any) -> tuple[str, ...]:
@@ -55,7 +57,8 @@ def stop_strings(stop: str | Sequence[str] | None, tokenizer: Any) -> tuple[str,
     Raises:
         TypeError, ValueError: they are none, or there is no tokenizer to decode with.
     """
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    listed = stop is None or (isinstance(stop, Iterable) and not isinstance(stop, bytes | Mapping))
+    strings = (stop,) if isinstance(stop, str) or not listed else tuple(stop or ())
     if any(not isinstance(s, str) for s in strings):
         raise TypeError(f"stop={stop!r}; it is a string or several (token ids that end a continuation go into eos=)")
     if "" in strings:

@@ -3,7 +3,7 @@
 Right on any layout and simple; no cache of keys and values, so for looking at a run and not for serving.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,16 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from shardlm._arguments import seed_of
-from shardlm.train import engine
+from shardlm._errors import is_int
+from shardlm.train import engine, room
 from shardlm.train.program import require_devices
 from shardlm.train.state import TrainState, check_usable
 
 if TYPE_CHECKING:
     from shardlm.train.trainer import Trainer
+
+
+_COLDEST = 1e-6  # what logits are divided by, in float32
 
 
 def sample(
@@ -39,8 +42,8 @@ def sample(
         tokens: how many ids to add.
         window: length of the context in tokens, which slides once it is full; a multiple of the tensor axis under
             sequence parallelism.
-        temperature: 0 or more.
-        seed: of the draws, which are the same on every layout up to rounding of the logits.
+        temperature: 0, or a number above it.
+        seed: of the draws, from 0 to 2**32 - 1, which are the same on every layout up to rounding of the logits.
 
     Returns:
         int32[tokens].
@@ -50,8 +53,10 @@ def sample(
     """
     require_devices(trainer.mesh)
     check_usable(state, trainer.abstract_state)
-    seed = seed_of(seed, "sample: seed")
-    ids = np.asarray(prompt)
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # lists of several lengths
+        ids = np.asarray(prompt, object)
     if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
         raise ValueError(f"sample: the prompt is {ids.dtype}{list(ids.shape)}; it is one row of at least one token id")
     vocabulary = trainer.config.vocab_size
@@ -59,12 +64,17 @@ def sample(
         raise ValueError(
             f"sample: the prompt's ids go from {ids.min()} to {ids.max()}; the model has 0 to {vocabulary - 1}"
         )
-    if window < 1 or tokens < 1 or not 0 <= temperature < np.inf:
-        raise ValueError(
-            f"sample: window={window}, tokens={tokens}, temperature={temperature}; they are at least 1, 1 and 0"
-        )
+    legal = {
+        "window": (window, is_int(window) and window >= 1, "a whole number from 1"),
+        "tokens": (tokens, is_int(tokens) and tokens >= 1, "a whole number from 1"),
+        "seed": (seed, is_int(seed) and 0 <= seed < 2**32, f"a whole number from 0 to {2**32 - 1}"),
+        "temperature": (temperature, _is_temperature(temperature), f"0, or a finite number from {_COLDEST}"),
+    }
+    if problems := [f"{name}={value!r} is not {what}" for name, (value, good, what) in legal.items() if not good]:
+        raise ValueError(f"sample: {'; '.join(problems)}")
     trainer.layout.check(trainer.config, sequence=window)
     forward, rows = engine.logits(trainer.plan), trainer.layout.batch_shards
+    _check_memory(trainer, tokens, window)
 
     def draw(params: engine.Parameters, context: Array, last: Array, key: Array) -> Array:
         logits = forward(params, jnp.broadcast_to(context, (rows, window)))[0, last, :vocabulary]
@@ -90,3 +100,19 @@ def sample(
     whole = NamedSharding(trainer.mesh, PartitionSpec())
     result = trainer._run(jax.jit(run, out_shardings=whole), state.params, context, np.int32(kept.size))
     return np.asarray(result)
+
+
+def _is_temperature(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return False
+    return bool(value == 0 or _COLDEST <= value < np.inf)
+
+
+def _check_memory(trainer: "Trainer", tokens: int, window: int) -> None:
+    """Refuse a window or a length whose least arrays no device holds: one row of logits, and a key for each token."""
+    logits = 4 * window * trainer.config.padded_vocab_size // trainer.layout.tensor
+    needs = {"one row of logits": logits, "the draws": 12 * tokens}
+    hint = " Ask for fewer tokens or a smaller window, or use sl.generate, which has a cache"
+    room.require(
+        needs, list(trainer.mesh.devices.flat), f"sample: tokens={tokens:,}, window={window:,}", lambda _: hint
+    )
