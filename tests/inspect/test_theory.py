@@ -46,7 +46,7 @@ def test_the_ledger_is_the_textbook(name: str, layout: str, dtype: str):
     found, expected = Counter(), Counter()
     for entry in ledger(trainer.step_function, trainer.abstract_state, batch):
         found[entry.kind, entry.axes, entry.dtype] += entry.elements * entry.count
-    for line in theory.expected(trainer.config, trainer.layout, trainer.plan.splits, rows, SEQUENCE):
+    for line in theory.expected(trainer.config, trainer.layout, rows, SEQUENCE):
         expected[line.kind, line.axes, line.dtype] += line.elements
     assert found == expected
 
@@ -61,7 +61,7 @@ def test_the_report_sets_bytes_beside_bytes():
 
 def lines(config: sl.TransformerConfig, layout: str, batch_size: int = BATCH) -> Counter:
     trainer = sl.Trainer(config, sl.Layout.parse(layout), devices=sl.Layout.parse(layout).num_devices)
-    found = theory.expected(trainer.config, trainer.layout, trainer.plan.splits, batch_size, SEQUENCE)
+    found = theory.expected(trainer.config, trainer.layout, batch_size, SEQUENCE)
     counts: Counter = Counter()
     for line in found:
         counts[line.what, line.kind, line.axes] += line.elements
