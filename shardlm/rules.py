@@ -262,7 +262,7 @@ def _annotation_problems(annotated: Mapping[str, Entries], leaves: Mapping[str, 
         names = list(dict.fromkeys(n for spec in logical.values() for axes in spec for n in axes if n not in Axis))
         others = f" (nor are {', '.join(map(repr, names[1:6]))}{', ...' * (len(names) > 6)})" if names[1:] else ""
         rule = suggestions({first: leaves[first]}, layout, catch_all=False, rule=True)
-        count = f", of {len(logical)} parameters so annotated," if len(logical) > 1 else ""
+        count = f" and {len(logical) - 1} more parameters" if len(logical) > 1 else ""
         problems.append(
             f"the annotation {literal(logical[first])} of {first}{count}: {names[0]!r} is no mesh axis{others}. Give "
             f'rules, which override annotations, as in rules=[{rule}, (r".*", P())]; a parameter can be split over '

@@ -3,7 +3,7 @@
 Times as if nothing else were to be done: arithmetic at the peak, memory traffic at full bandwidth, and communication in
 rings at the links' bandwidth, of each kind of links. With perfect overlap a step lasts as long as the longest
 (`overlapped`), with none as long as their sum, arithmetic and memory traffic of the same operation overlapping always
-(`serial`). Real steps take longer than `overlapped`: operations are too small to fill a device, and wait for each other.
+(`serial`). Real steps take longer than `overlapped`: operations do not fill a device, and wait for each other.
 
 All three count what the program does, so the bubble of a pipeline is in each: the ticks in which a stage has no
 microbatch compute on masked arrays, and read, write and send them (`Timeline.bubble` is its part of the arithmetic).
