@@ -107,14 +107,13 @@ def match_rules(
     """
     assert layout.num_devices  # an error while a size is -1
     leaves, read = flatten_parameters(shapes)
-    annotations = read | dict(annotations or {})
+    annotated = {path: _entries(spec) for path, spec in (read | dict(annotations or {})).items()}
     if not leaves:
         raise LayoutError("there are no parameters to split: only nnx.Param are trained, and this module has none")
     parsed = _parse(rules)
     problems = [problem for rule in parsed for problem in _axis_problems(rule.name, rule.entries)]
-    annotated = {path: _entries(spec) for path, spec in annotations.items()}
-    open_ = {path: spec for path, spec in annotated.items() if path in leaves and _first(parsed, path) is None}
-    problems += _annotation_problems(open_, leaves, layout)
+    deciding = {path: spec for path, spec in annotated.items() if path in leaves and _first(parsed, path) is None}
+    problems += _annotation_problems(deciding, leaves, layout)
     sound = not problems
 
     splits, reasons, unmatched = {}, {}, {}
@@ -143,17 +142,14 @@ def match_rules(
             reasons[path] = _reason(reason, splits[path], layout)
 
     for path in others:
-        for index, rule in enumerate(parsed):
-            if rule.pattern.search(path):
-                matched[index].append(path)
-        if (index := _first(parsed, path)) is not None:
+        for index in (found := [i for i, rule in enumerate(parsed) if rule.pattern.search(path)]):
+            matched[index].append(path)
+        for index in found[:1]:
             decided[index].append(path)
     problems += _rule_problems(parsed, matched, decided, list(leaves))
     if unmatched:
         problems.append(suggestions(unmatched, layout, catch_all=not annotated))
-    if not problems:
-        problems += _idle_axes(splits, leaves, layout)
-    raise_all("the parameters cannot be split as asked", problems)
+    raise_all("the parameters cannot be split as asked", problems or _idle_axes(splits, leaves, layout))
     table = ParameterTable(layout, splits, {path: jnp.dtype(leaf.dtype) for path, leaf in leaves.items()}, reasons)
     _warn_of_copies(table)
     return table
@@ -259,7 +255,8 @@ def _annotation_problems(annotated: Mapping[str, Entries], leaves: Mapping[str, 
             problems += _axis_problems(f"the annotation {literal(spec)} of {_some(paths)}", spec)
     if logical:
         first = next(iter(logical))
-        names = list(dict.fromkeys(n for spec in logical.values() for axes in spec for n in axes if n not in Axis))
+        written = dict.fromkeys(name for spec in logical.values() for axes in spec for name in axes)
+        names = [name for name in written if name not in tuple(Axis)]
         others = f" (nor are {', '.join(map(repr, names[1:6]))}{', ...' * (len(names) > 6)})" if names[1:] else ""
         rule = suggestions({first: leaves[first]}, layout, catch_all=False, rule=True)
         count = f" and {len(logical) - 1} more parameters" if len(logical) > 1 else ""

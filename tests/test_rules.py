@@ -216,7 +216,7 @@ def test_logical_names_are_one_short_error_whose_fix_is_enough():
     assert len(message.splitlines()) == 2 and len(message) < 500
     assert f"and {len(leaves) - 1} more parameters: 'embed' is no mesh axis (nor are 'mlp', 'heads')" in message
     rules = eval(re.search(r"rules=(\[.*?\)\)\])", message).group(1), {"P": P})
-    assert specs(rules, annotations=annotations)["embed/embedding"] == P("tensor", "fsdp")
+    assert specs(rules, annotations=annotations)["blocks/0/attn/query/bias"] == P("tensor", "fsdp")
 
 
 def test_a_rule_may_be_for_an_annotated_array_that_is_no_parameter():

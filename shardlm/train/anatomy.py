@@ -181,7 +181,7 @@ def _split(module: nnx.Module, wrt: Any) -> tuple[Any, nnx.State, nnx.State, nnx
 def _predicate(wrt: Any) -> Callable[[Any, Any], bool]:
     try:
         return nnx.filterlib.to_predicate(wrt)
-    except TypeError:
+    except (TypeError, ValueError):  # the second by an error in Flax's own message
         raise TypeError(
             f"wrt={wrt!r} is a {type(wrt).__name__}; it is a filter of Flax for what is trained: a type as "
             "nnx.LoRAParam, nnx.PathContains('head'), or several of them in nnx.Any(...)"
@@ -215,7 +215,7 @@ def _make(make_module: Callable[[nnx.Rngs], nnx.Module], seed: int) -> nnx.Modul
         module = make_module(nnx.Rngs(seed))
     if not isinstance(module, nnx.Module):
         raise TypeError(f"make_module returned a {type(module).__name__}; it returns an nnx.Module")
-    hidden = []
+    containers = []
     for keys, node in list(nnx.iter_graph(module)):
         if not isinstance(node, nnx.Pytree):
             continue
@@ -223,10 +223,10 @@ def _make(make_module: Callable[[nnx.Rngs], nnx.Module], seed: int) -> nnx.Modul
             # Traced, a bare array is taken for a constant of the graph: say that it is data.
             if isinstance(value, jax.Array):
                 setattr(node, name, nnx.data(value))
-            elif type(value) in (list, tuple, dict, set) and any(
-                isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value, is_leaf=_is_variable)
-            ):
-                hidden.append(f"{'/'.join(map(str, (*keys, name)))} ({type(value).__name__})")
+            elif type(value) in (list, tuple, dict, set):
+                containers.append(("/".join(map(str, (*keys, name))), value))
+    seen = {id(leaf) for *_, leaf in _leaves(nnx.state(module))}
+    hidden = [f"{path} ({type(value).__name__})" for path, value in containers if _holds_others(value, seen)]
     if hidden:
         raise ValueError(
             f"{type(module).__name__} holds arrays in plain containers, where Flax does not find them: "
@@ -235,8 +235,11 @@ def _make(make_module: Callable[[nnx.Rngs], nnx.Module], seed: int) -> nnx.Modul
     return module
 
 
-def _is_variable(value: Any) -> bool:
-    return isinstance(value, nnx.Variable)
+def _holds_others(container: Any, seen: set[int]) -> bool:
+    """Whether a plain container holds an array, itself or in a variable, that is not among those that Flax has seen."""
+    leaves = jax.tree.leaves(container, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    arrays = jax.tree.leaves([leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for leaf in leaves])
+    return any(isinstance(array, jax.Array) and id(array) not in seen for array in arrays)
 
 
 def _check_trained(name: str, wrt: Any, trained: frozenset[str], kinds: dict[str, type]) -> None:
