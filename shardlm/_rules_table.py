@@ -33,13 +33,20 @@ def literal(entries: Iterable[tuple[str, ...]]) -> str:
     return f"P({', '.join(cells)})"
 
 
-def suggestions(parameters: Mapping[str, Any], layout: Any, *, catch_all: bool, brief: bool = False) -> str:
-    """What to add to the rules for `parameters` (shapes by path): a line for all whose paths differ in numbers only."""
+def suggestions(
+    parameters: Mapping[str, Any], layout: Any, *, catch_all: bool, brief: bool = False, rule: bool = False
+) -> str:
+    """What to add to the rules for `parameters` (shapes by path): a line for all whose paths differ in numbers only.
+
+    With `brief` a sentence on the first of them, with `rule` its rule alone.
+    """
     lines: dict[str, str] = {}
     for path, leaf in parameters.items():
         pattern = "/".join(r"\d+" if part.isdigit() else re.escape(part) for part in path.split("/"))
         lines.setdefault(f"^{pattern}$", _suggested(leaf.shape, layout))
     rules = [f'(r"{pattern}", {spec})' for pattern, spec in lines.items()]
+    if rule:
+        return rules[0]
     if brief:
         none = f"no dim divides by tensor={layout.tensor}"
         return (

@@ -1,9 +1,9 @@
 """Which mesh axes split the parameters of any module: ordered rules over their paths, its annotations, and ZeRO.
 
 A rule is a regular expression and a `PartitionSpec` that names mesh axes. For each parameter the first rule found in
-its path (`re.search`) decides; without one, the annotation that the module carries. What they leave is ZeRO's: the
-largest dim that divides by `fsdp` and has no axis yet. Axes of one device are left out, so the same rules serve every
-layout. A rule that does nothing, or contradicts another, is an error: nothing is replicated in silence.
+its path (`re.search`) decides, whatever the module says; without one, the annotation that the module carries. What
+they leave is ZeRO's: the largest dim that divides by `fsdp` and has no axis yet. Axes of one device are left out, so
+the same rules serve every layout. A rule that does nothing is an error: nothing is replicated in silence.
 """
 
 import difflib
@@ -79,6 +79,7 @@ def match_rules(
     rules: Sequence[tuple[str, PartitionSpec]] | None,
     layout: Layout | str,
     annotations: Mapping[str, PartitionSpec] | None = None,
+    others: Iterable[str] = (),
 ) -> ParameterTable:
     """The table of specs of parameters that need not exist yet.
 
@@ -88,12 +89,13 @@ def match_rules(
         rules: (regular expression, spec) pairs, the first that is found in a path decides. None: annotations and ZeRO
             decide; else every parameter needs a rule or an annotation.
         layout: its sizes filled in; a `Layout` or its text.
-        annotations: specs that a module carries, by path.
+        annotations: specs that a module carries, by path. A rule overrides them; the table's reasons say so.
+        others: paths of annotated arrays that are no parameters, which rules may be for as well; see `split_annotated`.
 
     Raises:
         LayoutError: one error that lists every conflict: a parameter without a rule; a rule that matches nothing, or
-            nothing that rules before it left; one that disagrees with an annotation; an unknown axis; an axis used
-            twice; more entries than dims; dims that do not divide; an axis that splits nothing.
+            nothing that rules before it left; an unknown axis in a rule, or in an annotation that no rule overrides; an
+            axis used twice; more entries than dims; dims that do not divide; an axis that splits nothing.
 
     Warns:
         ReplicatedParameterWarning: a parameter of a megabyte or more is held whole by several devices.
@@ -106,15 +108,13 @@ def match_rules(
     layout = Layout.of(layout)
     assert layout.num_devices  # an error while a size is -1
     leaves, read = flatten_parameters(shapes)
-    annotations = read | dict(annotations or {})
+    annotated = {path: _entries(spec) for path, spec in (read | dict(annotations or {})).items()}
     if not leaves:
         raise LayoutError("there are no parameters to split: only nnx.Param are trained, and this module has none")
     parsed = _parse(rules)
     problems = [problem for rule in parsed for problem in _axis_problems(rule.name, rule.entries)]
-    annotated = {path: _entries(spec) for path, spec in annotations.items()}
-    for spec in dict.fromkeys(annotated.values()):
-        paths = [path for path, other in annotated.items() if other == spec]
-        problems += _axis_problems(f"the annotation {literal(spec)} of {_some(paths)}", spec)
+    deciding = {path: spec for path, spec in annotated.items() if path in leaves and _first(parsed, path) is None}
+    problems += _annotation_problems(deciding, leaves, layout)
     sound = not problems
 
     splits, reasons, unmatched = {}, {}, {}
@@ -132,10 +132,7 @@ def match_rules(
             decided[found[0]].append(path)
             entries, reason = rule.entries, rule.name
             if annotation is not None and annotation != entries:
-                problems.append(
-                    f"{path}: {rule.name} and the module's annotation {literal(annotation)} disagree: "
-                    "let the rule say the same, or not match this path, or take the annotation out"
-                )
+                reason += f", over the annotation {literal(annotation)}"
         elif annotation is not None:
             entries, reason = annotation, "annotation"
         elif rules is not None:
@@ -145,26 +142,44 @@ def match_rules(
             splits[path] = _split(path, leaf.shape, entries, layout)
             reasons[path] = _reason(reason, splits[path], layout)
 
+    for path in others:
+        for index in (found := [i for i, rule in enumerate(parsed) if rule.pattern.search(path)]):
+            matched[index].append(path)
+        for index in found[:1]:
+            decided[index].append(path)
     problems += _rule_problems(parsed, matched, decided, list(leaves))
     if unmatched:
         problems.append(suggestions(unmatched, layout, catch_all=not annotated))
-    if not problems:
-        problems += _idle_axes(splits, leaves, layout)
-    raise_all("the parameters cannot be split as asked", problems)
+    raise_all("the parameters cannot be split as asked", problems or _idle_axes(splits, leaves, layout))
     table = ParameterTable(layout, splits, {path: jnp.dtype(leaf.dtype) for path, leaf in leaves.items()}, reasons)
     _warn_of_copies(table)
     return table
 
 
-def split_annotated(path: str, shape: tuple[int, ...], spec: PartitionSpec | None, layout: Layout) -> Split:
-    """How an array that is no parameter is split: as its annotation says, else whole; ZeRO leaves it alone.
+def split_annotated(
+    path: str,
+    shape: tuple[int, ...],
+    spec: PartitionSpec | None,
+    layout: Layout,
+    rules: Sequence[tuple[str, PartitionSpec]] | None = None,
+) -> Split:
+    """How an array that is no parameter is split: as its annotation says, or the first rule for it; else whole.
+
+    Rules are for annotated arrays alone, and ZeRO leaves all of them as they are.
 
     Raises:
-        LayoutError: the annotation does not fit the mesh or the shape.
+        LayoutError: what decides does not fit the mesh or the shape.
     """
     entries = () if spec is None else _entries(spec)
-    where = f"{path} {shape}: the annotation {literal(entries)}"
+    parsed = _parse(rules) if entries else []
+    index = _first(parsed, path) if entries else None
+    if index is not None:
+        where, entries = f"{path} {shape}: {parsed[index].name}", parsed[index].entries
+    else:
+        where = f"{path} {shape}: the annotation {literal(entries)}"
     problems = _axis_problems(where, entries)
+    if problems and index is None:
+        problems[-1] += f', or give a rule for it, which overrides the annotation: (r"^{re.escape(path)}$", P())'
     raise_all("a variable cannot be split as annotated", problems or _shape_problems(where, entries, shape, layout))
     return Split(path, shape, (None,) * len(shape), _live(entries, len(shape), layout), (), None, False)
 
@@ -221,6 +236,37 @@ def _entries(spec: Iterable[Any]) -> Entries:
     while entries and not entries[-1]:
         entries.pop()
     return tuple(entries)
+
+
+def _first(rules: list[_Rule], path: str) -> int | None:
+    """The number of the rule that decides; None where none is found in the path."""
+    return next((index for index, rule in enumerate(rules) if rule.pattern.search(path)), None)
+
+
+def _annotation_problems(annotated: Mapping[str, Entries], leaves: Mapping[str, Any], layout: Layout) -> list[str]:
+    """What is wrong with the annotations that decide: a line for each kind, and one for all logical names together."""
+    problems: list[str] = []
+    logical: dict[str, Entries] = {}
+    for spec in dict.fromkeys(annotated.values()):
+        paths = [path for path, other in annotated.items() if other == spec]
+        names = {axis for axes in spec for axis in axes}.difference(Axis)
+        if names and not any(difflib.get_close_matches(name, list(Axis), n=1) for name in names):
+            logical |= dict.fromkeys(paths, spec)
+        else:
+            problems += _axis_problems(f"the annotation {literal(spec)} of {_some(paths)}", spec)
+    if logical:
+        first = next(iter(logical))
+        written = dict.fromkeys(name for spec in logical.values() for axes in spec for name in axes)
+        names = [name for name in written if name not in tuple(Axis)]
+        others = f" (nor are {', '.join(map(repr, names[1:6]))}{', ...' * (len(names) > 6)})" if names[1:] else ""
+        rule = suggestions({first: leaves[first]}, layout, catch_all=False, rule=True)
+        count = f" and {len(logical) - 1} more parameters" if len(logical) > 1 else ""
+        problems.append(
+            f"the annotation {literal(logical[first])} of {first}{count}: {names[0]!r} is no mesh axis{others}. Give "
+            f'rules, which override annotations, as in rules=[{rule}, (r".*", P())]; a parameter can be split over '
+            f"{', '.join(repr(str(axis)) for axis in _USABLE)}"
+        )
+    return problems
 
 
 def _axis_problems(where: str, entries: Entries) -> list[str]:

@@ -278,6 +278,14 @@ def test_a_legal_import_is_not_reported(path, source):
     assert import_violations(PACKAGE / path, source) == []
 
 
+def test_the_textbook_asks_nobody_who_decides():
+    """What a step has to send is stated from layout and sizes alone: else it would agree with any program."""
+    legal = {"shardlm.layout", "shardlm.inspect.ledger", "shardlm.inspect.weights"}
+    for name in ("theory", "weights"):
+        path = PACKAGE / f"inspect/{name}.py"
+        assert {found for _, found in shardlm_imports(ast.parse(path.read_text(encoding="utf-8")), path)} <= legal
+
+
 def test_a_new_layer_must_be_placed():
     [message] = import_violations(PACKAGE / "planner.py", "import jax")
     assert "'planner' has no place in ORDER" in message

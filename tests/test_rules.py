@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import shardlm as sl
-from shardlm.rules import LARGE, split_annotated
+from shardlm.rules import LARGE, flatten_parameters, split_annotated
 
 
 def shape(*dims: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
@@ -193,18 +193,41 @@ def test_rules_that_cannot_be_meant_are_listed(name: str):
     assert message.count("\n  - ") >= len(expected)
 
 
-def test_a_rule_that_disagrees_with_an_annotation_is_an_error_and_one_that_agrees_is_not():
+def test_a_rule_overrides_an_annotation_and_the_table_says_so():
     annotations = {"embed/embedding": P("tensor", None)}
     assert specs(annotations=annotations)["embed/embedding"] == P("tensor", "fsdp")
-    message = conflicts(RULES, annotations={"embed/embedding": P(None, "tensor")})
-    assert (
-        "embed/embedding: rule 0 ('embedding$', P('tensor')) and the module's annotation P(None, 'tensor') " in message
-    )
+    for annotation in (P(None, "tensor"), P("vocab", "embed"), P("data"), P("tensor", "tensor")):
+        table = sl.match_rules(SHAPES, RULES, CUBE, {"embed/embedding": annotation})
+        assert table.splits["embed/embedding"].stored == P("tensor", "fsdp")
+        over = f"rule 0 ('embedding$', P('tensor')), over the annotation P({', '.join(map(repr, annotation))})"
+        assert table.reasons["embed/embedding"].startswith(over)
 
 
 def test_annotations_with_unknown_axes_are_an_error():
     message = conflicts(None, annotations={"embed/embedding": P("vocab", "embed"), "steps": P("tensor")})
     assert "the annotation P('vocab', 'embed') of embed/embedding: 'vocab' is no mesh axis" in message
+    assert "'tensro' is no mesh axis: did you mean 'tensor'?" in conflicts(None, annotations={"steps": P("tensro")})
+
+
+def test_logical_names_are_one_short_error_whose_fix_is_enough():
+    leaves = flatten_parameters(SHAPES)[0]
+    annotations = {path: P(*("embed", "mlp", "heads")[: len(leaf.shape)]) for path, leaf in leaves.items()}
+    message = conflicts(None, annotations=annotations)
+    assert len(message.splitlines()) == 2 and len(message) < 500
+    assert f"and {len(leaves) - 1} more parameters: 'embed' is no mesh axis (nor are 'mlp', 'heads')" in message
+    rules = eval(re.search(r"rules=(\[.*?\)\)\])", message).group(1), {"P": P})
+    assert specs(rules, annotations=annotations)["blocks/0/attn/query/bias"] == P("tensor", "fsdp")
+
+
+def test_a_rule_may_be_for_an_annotated_array_that_is_no_parameter():
+    rules = [*RULES, (r"stats/mean", P("tensor"))]
+    assert "rule 5 ('stats/mean', P('tensor')) matches no parameter" in conflicts(rules)
+    rules = [(r"stats/mean", P("tensor")), *RULES]
+    assert sl.match_rules(SHAPES, rules, CUBE, others=["stats/mean"]).splits
+    assert split_annotated("stats/mean", (4,), P("embed"), CUBE, rules).whole == P("tensor")
+    assert split_annotated("other/mean", (4,), None, CUBE, [(".*", P("tensor"))]).whole == P()
+    with pytest.raises(sl.LayoutError, match=r"'embed' is no mesh axis: .*, or give a rule for it, which overrides"):
+        split_annotated("stats/mean", (4,), P("embed"), CUBE)
     with pytest.raises(
         sl.LayoutError, match=r"mean \(3,\): the annotation P\('tensor'\): dim 0 of size 3 does not div"
     ):

@@ -275,8 +275,8 @@ def generate_until(
     """
     groups: dict[Any, list[int]] = {}
     contexts: list[Any] = []
+    most = _least(max_length, require_config(config).max_sequence)
     begin = begin_token(tokenizer)
-    most = _least(max_length, config.max_sequence)
     for i, pair in enumerate(_listed("pairs", pairs)):
         if isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[1], Mapping):
             raise ValueError(f"pair {i} is {pair!r}; it is (context, settings)")

@@ -158,7 +158,8 @@ def _named(reports: Reports) -> Mapping[str, Report]:
 
 def _by_axis(report: Report) -> tuple[dict[str, float], dict[str, float] | None]:
     both = {" x ".join(axes): values for axes, values in report.against_theory().items()}
-    theory = None if report.theory is None else {key: expected or 0.0 for key, (_, expected) in both.items()}
+    known = {key: expected for key, (_, expected) in both.items() if expected is not None}
+    theory = known if report.theory is not None and len(known) == len(both) else None
     return {key: found for key, (found, _) in both.items()}, theory
 
 
@@ -167,8 +168,9 @@ def _by_kind(report: Report) -> tuple[dict[str, float], dict[str, float] | None]
     entries = Ledger(report.ledger.entries)
     parts = {kind: entries.bytes(kind=kind) for kind in kinds}
     theory = None
-    if report.theory is not None:
-        theory = {kind: sum(line.bytes for line in report.theory if line.kind == kind) for kind in kinds}
+    lines = [(line.kind, line.bytes) for line in report.theory or () if line.bytes is not None]
+    if report.theory is not None and len(lines) == len(report.theory):
+        theory = {kind: sum(count for of, count in lines if of == kind) for kind in kinds}
     return {kind: n for kind, n in parts.items() if n}, theory
 
 

@@ -7,10 +7,13 @@ is less; `Hardware.efficiency` says how much less to expect, and is 1 unless it 
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from shardlm._dtypes import full_name
 
@@ -47,7 +50,9 @@ class Hardware:
         fast_bandwidth: bytes/s that a device sends in a ring within a domain of fast links (NVLink, one dim of a TPU's
             torus in both directions).
         domain: number of devices in such a domain; None where it is as large as the machine (TPU slices).
-        slow_bandwidth: bytes/s that a device sends beyond its domain (InfiniBand, Ethernet).
+        slow_bandwidth: bytes/s that a device sends beyond its domain, by a network card of its own (InfiniBand,
+            Ethernet). A group of devices uses the cards of all its members in a domain.
+        torus: dims of a torus of fast links; a group that spans several of them sends over the links of each.
         axis_bandwidth: bytes/s by mesh axis, for a network that the two figures above do not describe.
         efficiency: what fraction of the peaks to expect, above 0 and at most 1.
 
@@ -65,6 +70,7 @@ class Hardware:
     slow_bandwidth: float
     axis_bandwidth: Mapping[str, float] = field(default_factory=dict)
     efficiency: float = 1.0
+    torus: int = 1
 
     def __post_init__(self):
         object.__setattr__(self, "flops", {full_name(dtype): value for dtype, value in self.flops.items()})
@@ -81,6 +87,8 @@ class Hardware:
             wrong.append("flops is empty: give the peak FLOP/s of at least one dtype")
         if self.domain is not None and self.domain < 1:
             wrong.append(f"domain={self.domain!r} is neither None nor a number of devices")
+        if not isinstance(self.torus, int) or self.torus < 1:
+            wrong.append(f"torus={self.torus!r} is not a number of dims, at least 1")
         if not 0 < self.efficiency <= 1:
             wrong.append(f"efficiency={self.efficiency!r} is not above 0 and at most 1")
         if wrong:
@@ -102,10 +110,12 @@ class Hardware:
         )
 
     def bandwidth(self, axes: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[float, str]:
-        """Bytes/s that a device sends in a ring over `axes` of a mesh, and the name of the links that decide it.
+        """Bytes/s that a device sends at best in rings over `axes` of a mesh, and the name of the links that decide it.
 
-        Devices are laid out with the mesh's last axis nearest, so a group over some axes spans as many neighbouring
-        devices as those axes and all later ones have.
+        Devices are laid out with the mesh's last axis nearest, domain after domain. A group that spans several domains
+        runs as many rings at once as it has members in one, each over the network card of another member, while each
+        member sends all of its bytes over the fast links too: min(fast, slow x members inside one domain). On a torus a
+        group of n is taken to lie along as many dims as it can, one for every factor of 2 in n.
 
         Args:
             axes: the axes that the group spans.
@@ -113,13 +123,23 @@ class Hardware:
         """
         if own := [self.axis_bandwidth[axis] for axis in axes if axis in self.axis_bandwidth]:
             return min(own) * self.efficiency, "given"
-        names = list(sizes)
-        first = min(names.index(axis) for axis in axes)
-        span = 1
-        for name in names[first:]:
-            span *= sizes[name]
-        fast = self.domain is None or span <= self.domain
-        return (self.fast_bandwidth if fast else self.slow_bandwidth) * self.efficiency, "fast" if fast else "slow"
+        places = np.zeros(1, int)  # of the first group's members
+        stride = 1
+        for axis in reversed(list(sizes)):
+            if axis in axes:
+                places = (np.arange(sizes[axis])[:, None] * stride + places).reshape(-1)
+            stride *= sizes[axis]
+        dims = max(1, min(self.torus, int(math.log2(len(places)))))
+        fast = self.fast_bandwidth * dims * self.efficiency
+        if self.domain is None or stride <= self.domain or self._beside(places) == len(places):
+            return fast, "fast"
+        slow = self.slow_bandwidth * self._beside(places) * self.efficiency
+        return (slow, "slow") if slow < fast else (fast, "fast")
+
+    def _beside(self, places: np.ndarray) -> int:
+        """The most members of a group that fit into one domain, wherever it begins."""
+        assert self.domain is not None
+        return int((np.searchsorted(places, places + self.domain) - np.arange(len(places))).max())
 
 
 def _nvidia(name: str, kind: str, tf32: float, f32: float, memory: float, bandwidth: float, nvlink: float, nic: float):
@@ -130,28 +150,29 @@ def _nvidia(name: str, kind: str, tf32: float, f32: float, memory: float, bandwi
     )  # fmt: skip
 
 
-def _tpu(name: str, kind: str, memory: float, bandwidth: float, ici: float, dcn: float) -> Hardware:
+def _tpu(name: str, kind: str, memory: float, bandwidth: float, ici: float, dcn: float, torus: int) -> Hardware:
     # float32 products take six bfloat16 passes at the highest precision and one at JAX's default.
     flops = {"bfloat16": PEAK_BF16[kind], "float32": PEAK_BF16[kind]}
     return Hardware(
         name=name, flops=flops, memory=memory, memory_bandwidth=bandwidth, fast_bandwidth=ici, domain=None,
-        slow_bandwidth=dcn,
+        slow_bandwidth=dcn, torus=torus,
     )  # fmt: skip
 
 
 # NVLink is given for one direction, half of what data sheets print; the network as 200 Gbit/s a GPU on A100 and 400 on
 # the others, as in NVIDIA's DGX systems. float32 is TF32, float64 its tensor cores. For TPUs both directions of one
-# link: 2400 Gbit/s over 6 links one way (v4), 400 GB/s over 4 (v5e), 1200 over 6 (v5p), 800 over 4 (v6e) both ways.
+# link: 2400 Gbit/s over 6 links one way (v4), 400 GB/s over 4 (v5e), 1200 over 6 (v5p), 800 over 4 (v6e) both ways. The
+# links are those of a torus of 3 dims (v4, v5p) or 2 (v5e, v6e).
 CATALOGUE: Mapping[str, Hardware] = MappingProxyType(
     {
         "a100": _nvidia("NVIDIA A100 80GB SXM", "NVIDIA A100", 156e12, 19.5e12, 80e9, 2.039e12, 300e9, 25e9),
         "h100": _nvidia("NVIDIA H100 SXM", "NVIDIA H100", 494.7e12, 66.9e12, 80e9, 3.35e12, 450e9, 50e9),
         "h200": _nvidia("NVIDIA H200 SXM", "NVIDIA H200", 494.7e12, 66.9e12, 141e9, 4.8e12, 450e9, 50e9),
         "b200": _nvidia("NVIDIA B200", "NVIDIA B200", 1125e12, 37e12, 180e9, 8e12, 900e9, 50e9),
-        "v4": _tpu("TPU v4", "TPU v4", 32e9, 1.2e12, 100e9, 6.25e9),
-        "v5e": _tpu("TPU v5e", "TPU v5e", 16e9, 0.819e12, 100e9, 3.125e9),
-        "v5p": _tpu("TPU v5p", "TPU v5p", 95e9, 2.765e12, 200e9, 6.25e9),
-        "v6e": _tpu("TPU v6e", "TPU v6e", 32e9, 1.638e12, 200e9, 12.5e9),
+        "v4": _tpu("TPU v4", "TPU v4", 32e9, 1.2e12, 100e9, 6.25e9, 3),
+        "v5e": _tpu("TPU v5e", "TPU v5e", 16e9, 0.819e12, 100e9, 3.125e9, 2),
+        "v5p": _tpu("TPU v5p", "TPU v5p", 95e9, 2.765e12, 200e9, 6.25e9, 3),
+        "v6e": _tpu("TPU v6e", "TPU v6e", 32e9, 1.638e12, 200e9, 12.5e9, 2),
     }
 )
 

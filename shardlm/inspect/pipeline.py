@@ -158,10 +158,13 @@ def of(program: Program, textbook: Iterable[Any]) -> PipelineCost | None:
     alone = asynchronous(orders(layout.pipeline.schedule, table.stages, table.microbatches, table.chunks), own)
     tokens = program.batch_size // layout.batch_shards // table.microbatches * program.sequence
     parts = layout.tensor if layout.sequence_parallel else 1
+    one = tokens // parts * program.config.d_model * jnp.dtype(program.config.dtype).itemsize
     sent: dict[str, float] = {}
     for line in textbook:
-        if str(Axis.PIPE) in line.axes:
+        if str(Axis.PIPE) in line.axes and line.kind != "collective-permute":
             sent[line.what] = sent.get(line.what, 0.0) + line.bytes
+    sent["activations to the next stage"] = one * int(table.sends_activation.sum())
+    sent["gradients to the one before"] = one * int(table.sends_gradient.sum())
     return PipelineCost(
         schedule=str(layout.pipeline),
         stages=table.stages,
@@ -176,9 +179,7 @@ def of(program: Program, textbook: Iterable[Any]) -> PipelineCost | None:
         stashed=ticks.peak_activations,
         stashed_alone=alone.peak_activations,
         slots=table.stash_slots,
-        input_bytes=tokens // parts * program.config.d_model * jnp.dtype(program.config.dtype).itemsize
-        if layout.pipeline.recompute
-        else None,
+        input_bytes=one if layout.pipeline.recompute else None,
         times=cost,
         sent=sent,
     )

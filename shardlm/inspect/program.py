@@ -30,6 +30,8 @@ class Program:
         splits: how each parameter is split, by path.
         manual: whether all communication is written in the program, and none left to the compiler.
         batch_size, sequence: of the global batch; sequence is None where the batch is not [batch, sequence].
+        attended: which part of each query's keys a fused attention kernel computes, causality or a window hiding the
+            others; 1 where all are computed, and hidden afterwards.
         notes: what a reader must know, such as what stands in for what.
         compiled: a function that compiles the step; None where its devices do not exist.
     """
@@ -45,6 +47,7 @@ class Program:
     manual: bool = False
     batch_size: int = 0
     sequence: int | None = None
+    attended: float = 1.0
     notes: tuple[str, ...] = ()
     compiled: Callable[[], Any] | None = None
 

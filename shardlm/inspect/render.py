@@ -159,6 +159,7 @@ def as_dict(report: Any) -> dict[str, Any]:
         data["timeline"] = {
             "hardware": line.hardware.name,
             "arithmetic": line.arithmetic,
+            "bubble": line.bubble,
             "memory": line.memory,
             "communication": {"x".join(axes): seconds for axes, seconds in line.communication.items()},
             "links": {"x".join(axes): name for axes, name in line.links.items()},
@@ -327,7 +328,8 @@ def _flops(report: Any) -> Section:
 
 def _timeline(report: Any) -> Section:
     line = report.timeline
-    rows = [("arithmetic", seconds(line.arithmetic), "at the peak"), ("memory traffic", seconds(line.memory), "")]
+    peak = "at the peak" + (f"; {seconds(line.bubble)} of it on masked arrays" if line.bubble else "")
+    rows = [("arithmetic", seconds(line.arithmetic), peak), ("memory traffic", seconds(line.memory), "")]
     rows += [
         (f"communication over {' x '.join(axes)}", seconds(t), f"{line.links[axes]} links")
         for axes, t in line.communication.items()

@@ -32,7 +32,8 @@ class Report:
         dtype: of the computation.
         memory, flops, ledger: see there. The ledger of a program that the compiler partitions is empty unless it was
             compiled.
-        theory: what the textbook says has to be sent; None where there is no textbook (a user's module).
+        theory: what the textbook says has to be sent; None where there is no textbook (a user's module). Of a pipeline
+            whose schedule is the user's own, some of its lines do not say how much.
         pipeline: bubble, stashed inputs, and what is sent between stages; None without a pipeline.
         timeline: seconds on the hardware; None where none was given.
         remat: for each recomputation policy, peak bytes and recomputed FLOPs; empty for a user's module.
@@ -83,14 +84,16 @@ class Report:
     def against_theory(self) -> dict[tuple[str, ...], tuple[float, float | None]]:
         """By mesh axes, what the ledger and what the textbook says one device sends in a step, in bytes.
 
-        What the compiler adds (scalars of a gradient's norm) is left out.
+        What the compiler adds (scalars of a gradient's norm) is left out. The second is None where there is no
+        textbook, or where it does not say how much.
         """
         found: dict[tuple[str, ...], float] = {}
         for axes, entries in Ledger(self.ledger.entries).by_axes().items():
             found[axes] = total_bytes(entries)
-        expected: dict[tuple[str, ...], float] = {}
+        expected: dict[tuple[str, ...], float | None] = {}
         for line in self.theory or ():
-            expected[line.axes] = expected.get(line.axes, 0.0) + line.bytes
+            before = expected.get(line.axes, 0.0)
+            expected[line.axes] = None if before is None or line.bytes is None else before + line.bytes
         keys = sorted(found.keys() | expected.keys(), key=lambda axes: [list(self.sizes).index(a) for a in axes])
         return {axes: (found.get(axes, 0.0), None if self.theory is None else expected.get(axes, 0.0)) for axes in keys}
 
@@ -221,10 +224,11 @@ def of(
         notes = (*notes, "the step has a while loop, whose length no trace knows: what is in it is counted once")
     textbook, piped, times = None, None, None
     if program.manual and program.sequence is not None:
-        textbook = theory.expected(program.config, program.layout, program.splits, program.batch_size, program.sequence)
+        textbook = theory.expected(program.config, program.layout, program.batch_size, program.sequence)
         piped = advice.with_bubble(program, pipeline.of(program, textbook))
     if known is not None:
-        times = timeline.estimate(program.jaxpr, counted, traced, peak_of.state, known, program.sizes, program.dtype)
+        given = program.jaxpr, counted, traced, peak_of.state, known, program.sizes, program.dtype
+        times = timeline.estimate(*given, attended=program.attended)
     others, hints = {}, ()
     if variant is not None:
         others = advice.remat(program, variant)

@@ -16,6 +16,7 @@ from shardlm.inspect import origin
 # `jax.named_scope("taken_6_of_9")`, and what for, as in "taken_6_of_9_for_has_forward".
 TAKEN = re.compile(r"taken_(\d+)_of_(\d+)(?:_for_(\w+))?")
 PHASES = ("forward", "backward", "update")
+ON_CHIP = "on_chip"  # a scope of that name: what is made in it may stay on the chip, as in a fused kernel
 _CALLS = {
     "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_vjp_call", "custom_jvp_call",
     "custom_vjp_call_jaxpr",
@@ -33,6 +34,7 @@ class Place:
         recomputed: whether it makes again, in backward, what was made in forward.
         taken: how often the branch around it is taken, where it says so; None elsewhere.
         purpose: what for, where that branch says so.
+        on_chip: whether what it makes may stay on the chip, and its operands too: a fused kernel's inner products.
         endless: whether it is inside a `while` loop, whose length no trace knows; `times` counts it once.
         mesh: the mesh of the fully manual region around it, in which shapes are per device; None outside.
         source: "file.py:12" of the line that asked for it, the nearest one outside JAX.
@@ -44,6 +46,7 @@ class Place:
     recomputed: bool = False
     taken: int | None = None
     purpose: str | None = None
+    on_chip: bool = False
     endless: bool = False
     mesh: Any = None
     source: str = "?"
@@ -148,6 +151,7 @@ def at(equation: Any, place: Place) -> Place:
         recomputed=recomputed,
         taken=taken,
         purpose=purpose,
+        on_chip=place.on_chip or ON_CHIP in re.split(r"[/()]", stack),
         source=source,
     )
 

@@ -53,6 +53,8 @@ class Visibility:
 
 
 CHUNK = 512  # queries at a time in `attend_chunked`
+ON_CHIP = "on_chip"
+"""What `attend_chunked` names the operations whose scores need not go through memory; `inspect` reads it."""
 
 
 def attend(
@@ -96,10 +98,12 @@ def attend_chunked(
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(scale: float, soft_cap: float | None, q: Array, k: Array, v: Array, visible: Any) -> Array:
     pieces, rows, join = _chunks(q)
-    out = jax.lax.map(
-        lambda piece: attend(piece[0], k, v, Visibility(*visible), scale, soft_cap, piece[1]), (pieces, rows)
-    )
-    return join(out)
+
+    def one(piece: tuple[Array, Array]) -> Array:
+        with jax.named_scope(ON_CHIP):
+            return attend(piece[0], k, v, Visibility(*visible), scale, soft_cap, piece[1])
+
+    return join(jax.lax.map(one, (pieces, rows)))
 
 
 def _chunked_forward(scale: float, soft_cap: float | None, q: Array, k: Array, v: Array, visible: Any):
@@ -113,11 +117,12 @@ def _chunked_backward(scale: float, soft_cap: float | None, kept: Any, gradient:
 
     def one(sums: tuple[Array, Array], piece: tuple[Array, Array, Array]):
         q, rows, gradient = piece
-        with jax.named_scope("rematted_computation"):  # as JAX names what is made again in backward
-            _, transpose = jax.vjp(
-                lambda q, k, v: attend(q, k, v, Visibility(*visible), scale, soft_cap, rows), q, k, v
-            )
-        dq, dk, dv = transpose(gradient)
+        with jax.named_scope(ON_CHIP):
+            with jax.named_scope("rematted_computation"):  # as JAX names what is made again in backward
+                _, transpose = jax.vjp(
+                    lambda q, k, v: attend(q, k, v, Visibility(*visible), scale, soft_cap, rows), q, k, v
+                )
+            dq, dk, dv = transpose(gradient)
         return (sums[0] + dk.astype(wide), sums[1] + dv.astype(wide)), dq
 
     start = (jnp.zeros_like(k, wide), jnp.zeros_like(v, wide))

@@ -123,6 +123,16 @@ def _look(program: Program, trainer: "Trainer", batch: Any, notes: tuple[str, ..
         manual=program.engine == "manual",
         batch_size=leaf.shape[0],
         sequence=leaf.shape[1] if tokens else None,
+        attended=_attended(trainer.program, leaf.shape[1]) if tokens else 1.0,
         notes=notes,
         compiled=compiled,
     )
+
+
+def _attended(program: Program, sequence: int) -> float:
+    """Which part of each query's keys is computed: cuDNN's kernel leaves out what causality and fixed windows hide."""
+    config = program.config if isinstance(program, TransformerProgram) else None
+    if config is None or config.attention.implementation != "cudnn":
+        return 1.0
+    seen = [sequence if window is None else min(window, sequence) for window in config.windows]
+    return sum(n - n * (n - 1) / (2 * sequence) for n in seen) / (len(seen) * sequence)

@@ -2,13 +2,19 @@
 
     loss = sum over microbatches of loss_fn(module, microbatch)[0] / the same sum of loss_fn(...)[1]
 
-Three kinds of arrays make a module: parameters, which are trained; random streams, which start anew in each step from
-(seed, step, microbatch), so that they depend on no layout and resume exactly; and all others, its variables, which go
-from microbatch to microbatch and from step to step. `anatomy.py` takes a module apart and puts it together again.
+Three kinds of arrays make a module: parameters, which are trained or, where `wrt` leaves them out, frozen; random
+streams, which start anew in each step from (seed, step, microbatch), so that they depend on no layout and resume
+exactly; and all others, its variables, which go from microbatch to microbatch and from step to step. `anatomy.py` takes
+a module apart and puts it together again.
+
+A module may give its own parameters another value in its call, as `nnx.WeightNorm` and `nnx.SpectralNorm` do. As in a
+loop of plain Flax, the gradient is of the value before, and the optimizer's update is made on the value after. Each
+microbatch starts from the step's parameters; what the last one assigns stays.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,11 +25,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm._errors import raise_all
 from shardlm._text import fold, size
+from shardlm.dims import DimTable
 from shardlm.layout import Layout
 from shardlm.rules import ParameterTable, match_rules, split_annotated
 from shardlm.train import rows
 from shardlm.train.anatomy import Anatomy
+from shardlm.train.assigned import handed_through
 from shardlm.train.engine import Parameters, flatten, unflatten
+from shardlm.train.frozen import trained
 from shardlm.train.program import Gradients, Variables, Work, mesh_on
 
 LossFunction = Callable[[Any, Any], tuple[Any, Any]]
@@ -72,7 +81,7 @@ class ModuleProgram:
     Attributes:
         plan: how the parameters are split.
         anatomy: what the module is made of.
-        loss_fn: as given.
+        loss_fn, rules: as given.
         variables: shapes and shardings of what is carried and not trained.
         batch_sharding: of a batch array [batch, ...].
     """
@@ -82,6 +91,7 @@ class ModuleProgram:
     loss_fn: LossFunction
     variables: Variables
     batch_sharding: NamedSharding
+    rules: Sequence[tuple[str, PartitionSpec]] | None = None
     engine: str = "auto"
     weight_name: str = "weight"
 
@@ -93,26 +103,29 @@ class ModuleProgram:
         layout: Layout,
         devices: Sequence[Any] | int,
         rules: Sequence[tuple[str, PartitionSpec]] | None,
+        wrt: Any = nnx.Param,
     ) -> "ModuleProgram":
         """Plan a module on `layout`, whose sizes are filled in; see `Trainer.from_module`."""
         _check_layout(layout)
         if not callable(loss_fn):
             raise TypeError(f"loss_fn is a {type(loss_fn).__name__}; it is a function of (module, batch)")
-        anatomy = Anatomy.of(make_module)
-        mesh = mesh_on(layout, devices)
-        table = match_rules(anatomy.parameters.shapes, rules, layout, anatomy.parameters.annotations)
+        anatomy = Anatomy.of(make_module, wrt)
+        mesh, carried = mesh_on(layout, devices), anatomy.variables
+        annotations = anatomy.parameters.annotations | _specs_of_dims(anatomy, layout)
+        table = match_rules(anatomy.parameters.shapes, rules, layout, annotations, carried.annotations)
+        table = _freeze(table, anatomy.trained)
         plan = ModulePlan(layout, mesh, table, unflatten(anatomy.parameters.shapes))
         variables = {}
-        for path, leaf in anatomy.variables.shapes.items():
-            split = split_annotated(path, leaf.shape, anatomy.variables.annotations.get(path), layout)
+        for path, leaf in carried.shapes.items():
+            split = split_annotated(path, leaf.shape, carried.annotations.get(path), layout, rules)
             sharding = NamedSharding(mesh, split.whole)
             variables[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        return cls(plan, anatomy, loss_fn, unflatten(variables), NamedSharding(mesh, plan.batch_spec()))
+        return cls(plan, anatomy, loss_fn, unflatten(variables), NamedSharding(mesh, plan.batch_spec()), rules)
 
     def on_one_device(self, device: Any) -> "ModuleProgram":
         """The module on one device, with as many microbatches: its randomness and its variables go by them."""
-        layout = Layout(accumulate=self.plan.layout.accumulate)
-        return ModuleProgram.of(self.anatomy.make_module, self.loss_fn, layout, [device], None)
+        layout, anatomy = Layout(accumulate=self.plan.layout.accumulate), self.anatomy
+        return ModuleProgram.of(anatomy.make_module, self.loss_fn, layout, [device], self.rules, anatomy.wrt)
 
     @property
     def title(self) -> str:
@@ -121,7 +134,7 @@ class ModuleProgram:
 
     @property
     def num_parameters(self) -> int:
-        """Number of trained parameters."""
+        """Number of parameters, those that are frozen among them."""
         return sum(leaf.size for leaf in self.anatomy.parameters.shapes.values())
 
     def initialize(self, seed: int) -> tuple[Parameters, Variables]:
@@ -131,31 +144,42 @@ class ModuleProgram:
 
     def gradients(self, params: Parameters, variables: Variables, batch: Any, key: Array) -> Gradients:
         """Loss and gradients over all microbatches, the variables handed from one to the next."""
-        flat = flatten(params)
-        shardings = {path: NamedSharding(self.plan.mesh, split.sharded) for path, split in self.plan.splits.items()}
-        loss = jax.value_and_grad(self._loss, has_aux=True)
-        count = self.plan.layout.accumulate
-        if count == 1:
-            (total, (weight, carried)), grads = loss(flat, flatten(variables), batch, jax.random.fold_in(key, 0))
+        flat, count = flatten(params), self.plan.layout.accumulate
+        part = {path: x for path, x in flat.items() if path in self.anatomy.trained}
+        shardings = {path: NamedSharding(self.plan.mesh, self.plan.splits[path].sharded) for path in part}
+        microbatches = self._microbatches(batch, count) if count > 1 else None
+        first = batch if microbatches is None else jax.tree.map(lambda x: x[0], microbatches)
+        changed = self._assigns(flat, flatten(variables), first, key)
+
+        def run(part: dict[str, Array], variables: dict[str, Array], batch: Any, key: Array):
+            total, weight, carried, after = self._loss(flat | part, variables, batch, key)
+            return total, (weight, carried, {path: after[path] for path in changed})
+
+        loss = jax.value_and_grad(run, has_aux=True)
+        if microbatches is None:
+            found = loss(part, flatten(variables), batch, jax.random.fold_in(key, 0))
+            (total, (weight, carried, assigned)), grads = found
         else:
 
             def body(carry: Any, each: Any):
-                total, weight, sums, carried = carry
+                total, weight, sums, carried, _ = carry
                 index, microbatch = each
-                found = loss(flat, carried, microbatch, jax.random.fold_in(key, index))
-                (more, (heavier, carried)), grads = found
+                found = loss(part, carried, microbatch, jax.random.fold_in(key, index))
+                (more, (heavier, carried, assigned)), grads = found
                 sums = jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads)
                 if self.plan.layout.zero > 1:
                     sums = jax.lax.with_sharding_constraint(sums, shardings)
-                return (total + more, weight + heavier, sums, carried), None
+                return (total + more, weight + heavier, sums, carried, assigned), None
 
             zero = jnp.zeros((), _wide())
-            zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)), flat)
-            each = (jnp.arange(count), self._microbatches(batch, count))
-            total, weight, grads, carried = jax.lax.scan(body, (zero, zero, zeros, flatten(variables)), each)[0]
-        grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, flat)
+            zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, jnp.float32)), part)
+            start = zero, zero, zeros, flatten(variables), {path: flat[path] for path in changed}
+            total, weight, grads, carried, assigned = jax.lax.scan(body, start, (jnp.arange(count), microbatches))[0]
+        grads = jax.tree.map(lambda g, p: (g / weight).astype(p.dtype), grads, part)
         grads = jax.lax.with_sharding_constraint(grads, shardings)
-        return Gradients(total, weight, unflatten(grads), unflatten(carried))
+        stored = {path: NamedSharding(self.plan.mesh, self.plan.splits[path].stored) for path in changed}
+        assigned = jax.lax.with_sharding_constraint(assigned, stored) if changed else {}
+        return Gradients(total, weight, unflatten(grads), unflatten(carried), unflatten(assigned))
 
     def evaluate(self, params: Parameters, batch: Any, variables: Variables | None = None) -> tuple[Array, Array]:
         """Sum of losses and of weights under `module.eval()`; what it does to the variables is not kept."""
@@ -165,7 +189,7 @@ class ModuleProgram:
 
     def stored(self, shards: Parameters) -> Parameters:
         """Updated parameters where they are stored; the compiler gathers them."""
-        return jax.lax.with_sharding_constraint(shards, self.plan.shardings("stored"))
+        return jax.lax.with_sharding_constraint(shards, trained(self.plan.shardings("stored"), self.plan.splits))
 
     def place(self, batch: Any, *, may_be_empty: bool = False) -> Any:
         """Check a batch and put it on the devices, its rows split over the data axes."""
@@ -220,6 +244,14 @@ class ModuleProgram:
         if sizes and whole:
             named = ", ".join(f"{path} {self.plan.splits[path].shape}" for path in whole)
             lines.append(f"parameters that no axis splits: {named}")
+        frozen = self.anatomy.parameters.shapes.keys() - self.anatomy.trained
+        if frozen:
+            kept = {path: split for path, split in self.plan.splits.items() if not split.frozen}
+            count = sum(math.prod(split.shape) for split in kept.values())
+            lines.append(
+                f"trained are {count:,} of {self.num_parameters:,} parameters, {count / self.num_parameters:.2%}, as "
+                f"wrt says: {', '.join(kept)}"
+            )
         carried = ", ".join(self.anatomy.variables.shapes)
         lines += [f"carried from step to step, not trained: {carried}"] if carried else []
         lines.append(
@@ -248,9 +280,21 @@ class ModuleProgram:
         return {"module": (saved["module"], self.anatomy.name)}
 
     def _loss(self, params: dict[str, Array], variables: dict[str, Array], batch: Any, key: Array):
+        """Sum of losses, sum of weights, and the variables and parameters that the module has after the call."""
         module = self.anatomy.assemble(params, variables, key, training=True)
         total, weight = _pair(self.loss_fn(module, batch))
-        return total, (weight, self.anatomy.carried(module, params))
+        return total, weight, *self.anatomy.after(module)
+
+    def _assigns(self, params: dict[str, Array], variables: dict[str, Array], batch: Any, key: Array) -> list[str]:
+        """The parameters that the module gives another value; see `assigned.py`."""
+        paths = list(params)
+
+        def after(values: list[Array]) -> list[Array]:
+            found = self._loss(dict(zip(paths, values, strict=True)), variables, batch, key)[3]
+            return [found[path] for path in paths]
+
+        origins = handed_through(jax.make_jaxpr(after)([params[path] for path in paths]))
+        return [path for number, path in enumerate(paths) if origins[number] != number]
 
     def _microbatches(self, batch: Any, count: int) -> Any:
         # Rows that a device holds stay on it: microbatch k takes every count-th row.
@@ -260,6 +304,26 @@ class ModuleProgram:
             return jax.lax.with_sharding_constraint(x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), spec)
 
         return jax.tree.map(split, batch)
+
+
+def _specs_of_dims(anatomy: Anatomy, layout: Layout) -> dict[str, PartitionSpec]:
+    """The specs of parameters whose annotations name the logical dims of shardlm's own layers."""
+    rules, specs = DimTable.of(layout).rules, {}
+    for path, dims in anatomy.dims.items():
+        axes = [rules[dim] if dim else () for dim in dims]
+        for place, (dim, length) in enumerate(zip(dims, anatomy.parameters.shapes[path].shape, strict=True)):
+            if dim == "kv_head" and length % layout.tensor:  # fewer than devices: whole on each
+                axes[place] = ()
+        specs[path] = PartitionSpec(*(names or None for names in axes))
+    return specs
+
+
+def _freeze(table: ParameterTable, trained: frozenset[str]) -> ParameterTable:
+    """The table in which the parameters that are not trained are frozen, and their reasons say so."""
+    kept = {path: path in trained for path in table.splits}
+    splits = {path: replace(split, frozen=not kept[path]) for path, split in table.splits.items()}
+    reasons = {path: reason + ", frozen" * (not kept[path]) for path, reason in table.reasons.items()}
+    return replace(table, splits=splits, reasons=reasons)
 
 
 def _wide() -> Any:
@@ -298,5 +362,8 @@ def _check_layout(layout: Layout) -> None:
             "of your own module are summed; leave it out"
         )
     if layout.pipe > 1:
-        problems.append(f"pipe={layout.pipe}: only a sl.Transformer is cut into stages; use fsdp or data")
+        problems.append(
+            f"pipe={layout.pipe}: only a sl.Transformer is cut into stages; use fsdp or data, or, for a "
+            "sl.Transformer, sl.Trainer(config, ...)"
+        )
     raise_all("these settings have no effect on a module of your own", problems)

@@ -27,14 +27,17 @@ class Gradients(NamedTuple):
     Attributes:
         total: the sum of losses over the global batch.
         weight: the sum of weights; the loss is `total / weight`.
-        grads: gradients of the loss, like the parameters, split as the optimizer state is.
+        grads: gradients of the loss, like the parameters that are trained, split as the optimizer state is.
         variables: the variables after the step.
+        assigned: the parameters to which the model itself gave another value, with that value, on which the optimizer's
+            update is made; empty for a `sl.Transformer`.
     """
 
     total: Array
     weight: Array
     grads: Parameters
     variables: Variables
+    assigned: Parameters = {}
 
 
 class Work(NamedTuple):
@@ -140,7 +143,7 @@ class Program(Protocol):
 
     @property
     def num_parameters(self) -> int:
-        """Number of trained parameters."""
+        """Number of parameters."""
         ...
 
     @property

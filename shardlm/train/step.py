@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from shardlm.train.engine import Parameters
+from shardlm.train.engine import Parameters, flatten, unflatten
 from shardlm.train.frozen import put_back, trained
 from shardlm.train.program import Program
 from shardlm.train.state import TrainState
@@ -29,14 +29,15 @@ def make_step(
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = dropout_key(seed, state.step)
-        total, weight, grads, variables = program.gradients(state.params, state.variables, batch, key)
+        total, weight, grads, variables, assigned = program.gradients(state.params, state.variables, batch, key)
+        held = unflatten(flatten(state.params) | flatten(assigned)) if assigned else state.params
         with jax.named_scope("update"):
             splits = program.plan.splits
-            before, shardings = (trained(x, splits) for x in (state.params, program.plan.shardings("sharded")))
+            before, shardings = (trained(x, splits) for x in (held, program.plan.shardings("sharded")))
             shards = jax.lax.with_sharding_constraint(before, shardings)
             updates, opt_state = optimizer.update(grads, state.opt_state, shards)
             after = program.stored(cast(Parameters, optax.apply_updates(shards, updates)))
-            params = put_back(state.params, after, splits)
+            params = put_back(held, after, splits)
         metrics = {"loss": total / weight, program.weight_name: weight, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, variables, state.layer_rows), metrics
 
@@ -48,8 +49,8 @@ def make_gradients(program: Program, seed: int) -> Callable[[TrainState, Any], t
 
     def gradients(state: TrainState, batch: Any) -> tuple[Array, Parameters]:
         key = dropout_key(seed, state.step)
-        total, weight, grads, _ = program.gradients(state.params, state.variables, batch, key)
-        return total / weight, grads
+        found = program.gradients(state.params, state.variables, batch, key)
+        return found.total / found.weight, found.grads
 
     return gradients
 

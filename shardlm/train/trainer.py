@@ -91,16 +91,16 @@ class Trainer(Facts):
         optimizer: optax.GradientTransformation | None = None,
         *,
         rules: Sequence[tuple[str, PartitionSpec]] | None = None,
+        wrt: Any = nnx.Param,
         seed: int = 0,
         devices: Sequence[Any] | int | None = None,
     ) -> Self:
         """A trainer of any Flax NNX module with any loss, partitioned by the compiler.
 
         A parameter is split as the first rule found in its path says, else as its annotation (`out_sharding`, naming
-        mesh axes) says; ZeRO then takes the largest dim without an axis that divides by `fsdp`. Only `nnx.Param` is
-        trained. Random streams (`nnx.Dropout`) start anew from (seed, step, microbatch) in each step; every other array
-        (`nnx.BatchStat`) is carried in `state.variables`. Steps run under `module.train()`, evaluations under
-        `module.eval()`.
+        mesh axes) says; ZeRO then takes the largest dim without an axis that divides by `fsdp`. Random streams
+        (`nnx.Dropout`) start anew from (seed, step, microbatch) in each step; every array that is no parameter
+        (`nnx.BatchStat`) is carried in `state.variables`. Steps run under `module.train()`, evaluations under `eval()`.
 
         Args:
             make_module: from `nnx.Rngs`, the module. It is traced: it computes nothing until `init`.
@@ -109,8 +109,8 @@ class Trainer(Facts):
             layout: data, fsdp, tensor, zero and accumulate; default one device.
             optimizer: any Optax transformation. Default: `sl.adamw(3e-4, steps=1000)`.
             rules: (regular expression, spec) pairs, see `sl.match_rules`. None: annotations and ZeRO alone.
-            seed: of initial parameters and random streams.
-            devices: as for a `Trainer`.
+            wrt: what is trained, a filter of Flax as nnx.LoRAParam; every other `nnx.Param` is frozen: split and saved.
+            seed, devices: as for a `Trainer`; the seed is of random streams too.
 
         Raises:
             LayoutError: layout, rules, annotations and module contradict one another; every conflict is listed.
@@ -125,7 +125,7 @@ class Trainer(Facts):
         """
         chosen, devices = resolve(layout, devices)
         trainer = cls.__new__(cls)
-        trainer._hold(ModuleProgram.of(make_module, loss_fn, chosen, devices, rules), optimizer, seed)
+        trainer._hold(ModuleProgram.of(make_module, loss_fn, chosen, devices, rules, wrt), optimizer, seed)
         return trainer
 
     def on_one_device(self) -> Self:

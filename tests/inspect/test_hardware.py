@@ -36,6 +36,7 @@ def test_an_unknown_name_lists_the_known_ones():
         ({"flops": {}}, "flops is empty: give the peak FLOP/s of at least one dtype"),
         ({"flops": {"bfloat16": -1}}, r"flops\['bfloat16'\]=-1 is not above 0"),
         ({"efficiency": 1.5}, "efficiency=1.5 is not above 0 and at most 1"),
+        ({"torus": 0}, "torus=0 is not a number of dims, at least 1"),
         ({"domain": 0}, "domain=0 is neither None nor a number of devices"),
         ({"axis_bandwidth": {"data": 0}}, r"axis_bandwidth\['data'\]=0 is not above 0"),
     ],
@@ -52,11 +53,39 @@ def test_a_dtype_without_a_figure_is_an_error_that_says_how_to_add_it():
 
 
 @pytest.mark.parametrize(
-    ("axes", "speed"), [(("tensor",), 25e9), (("fsdp",), 1e9), (("data",), 1e9), (("data", "tensor"), 1e9)]
+    ("axes", "speed"), [(("tensor",), 25e9), (("fsdp",), 1e9), (("data",), 1e9), (("data", "tensor"), 4e9)]
 )
-def test_a_group_is_as_wide_as_its_slowest_axis(axes, speed):
-    """4 devices a domain: tensor=4 stays within one, fsdp=2 spans 2 x 4."""
+def test_a_group_sends_over_the_cards_of_its_members_in_a_domain(axes, speed):
+    """4 devices a domain: tensor=4 stays within one, fsdp=2 has one member in each, data x tensor all four."""
     assert MINE.bandwidth(axes, SIZES)[0] == speed
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axes", "speed", "links"),
+    [
+        ({"fsdp": 8}, ("fsdp",), 450e9, "fast"),
+        ({"fsdp": 16}, ("fsdp",), 400e9, "slow"),  # eight cards of 50 GB/s
+        ({"data": 8, "fsdp": 8}, ("data",), 50e9, "slow"),  # one member in each host
+        ({"data": 8, "fsdp": 8}, ("data", "fsdp"), 400e9, "slow"),
+        ({"data": 16, "tensor": 2}, ("data",), 200e9, "slow"),  # four in each
+        ({"pipe": 2, "fsdp": 4, "tensor": 4}, ("pipe", "fsdp"), 100e9, "slow"),
+        ({"data": 4, "tensor": 6}, ("tensor",), 450e9, "fast"),
+    ],
+)
+def test_a_group_over_several_hosts_has_all_its_cards(sizes, axes, speed, links):
+    assert CATALOGUE["h100"].bandwidth(axes, sizes) == (speed, links)
+
+
+def test_links_are_never_faster_beyond_a_domain_than_within():
+    quick = dataclasses.replace(MINE, slow_bandwidth=20e9)
+    assert quick.bandwidth(("data", "tensor"), SIZES) == (25e9, "fast")
+
+
+def test_a_group_over_several_dims_of_a_torus_has_the_links_of_each():
+    v5p = CATALOGUE["v5p"]
+    speeds = [v5p.bandwidth(("fsdp",), {"fsdp": n, "tensor": 2})[0] for n in (2, 3, 4, 8, 64)]
+    assert speeds == [200e9, 200e9, 400e9, 600e9, 600e9]
+    assert CATALOGUE["v5e"].bandwidth(("fsdp",), {"fsdp": 256}) == (200e9, "fast")
 
 
 def test_one_domain_for_all_and_figures_by_axis():

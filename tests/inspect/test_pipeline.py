@@ -129,6 +129,15 @@ def test_useful_flops_are_those_without_a_pipeline(layout: str | sl.Layout | Non
     assert piped.flops.forward == pytest.approx(turns * cost.times["forward"] + head / 3, rel=1e-12)
 
 
+def test_of_a_schedule_of_ones_own_there_is_no_ratio():
+    found = report(OWN)
+    assert found.against_theory() == {("pipe",): (found.ledger.bytes(axis="pipe"), None)}
+    assert found.to_dict()["communication"]["pipe"]["ratio"] is None
+    [line] = [line.split() for line in str(found).splitlines() if line.split()[:2] == ["pipe", "2"]]
+    assert line[-2:] == ["-", "-"]
+    assert sum(found.pipeline.sent.values()) == found.ledger.bytes(axis="pipe")
+
+
 def test_chunks_and_padding_are_said():
     found = report("pipe=2,pipeline=interleaved:4:2:0+2+1+1")
     cost, both = found.pipeline, found.pipeline.times["forward"] + found.pipeline.times["backward"]
@@ -153,6 +162,19 @@ def test_time_is_of_all_that_is_computed_and_utilisation_of_what_is_useful(found
     line = found.timeline
     assert line.arithmetic == found.flops.total / line.hardware.peak("float32")
     assert line.model_flops == found.flops.model
+
+
+@pytest.mark.parametrize("layout", [None, "pipe=4,pipeline=zb-h1:8:stored"])
+def test_the_bubble_is_in_the_time(layout: str | None, found):
+    """Both times are those of the simulated schedule: the ideal time and the bubble's part of it on top."""
+    found = report(layout, hardware="h100") if layout else found
+    line, share = found.timeline, found.pipeline.bubble
+    ideal = (found.flops.total - found.flops.masked) / line.hardware.peak("float32")
+    assert share > 0.05
+    assert line.arithmetic == pytest.approx((1 + share) * ideal, rel=1e-12)
+    assert line.bubble == pytest.approx(share * ideal, rel=1e-12)
+    assert line.serial >= line.overlapped >= (1 + share) * ideal
+    assert "of it on masked arrays" in str(found)
 
 
 def test_advice_on_the_bubble_is_what_the_better_layout_has(found):

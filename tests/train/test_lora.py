@@ -197,7 +197,7 @@ def test_only_gradients_of_adapters_are_sent(layout: str):
     """The ledger is the textbook, in which nothing frozen is summed, and gathered at level 3 alone."""
     trainer, found = traced(CONFIG, layout)
     expected: Counter = Counter()
-    for line in theory.expected(trainer.config, trainer.layout, trainer.plan.splits, BATCH, SEQUENCE):
+    for line in theory.expected(trainer.config, trainer.layout, BATCH, SEQUENCE):
         expected[line.kind, line.axes, line.dtype] += line.elements
     assert found == expected
 
