@@ -11,10 +11,9 @@ import optax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from shardlm.dims import Split
 from shardlm.train.engine import Parameters, flatten, unflatten
-from shardlm.train.frozen import trained
 from shardlm.train.program import Program
+from shardlm.train.update import Update
 
 
 @partial(
@@ -81,7 +80,7 @@ def init(
     """
     params, variables = program.initialize(seed)
     params = unflatten(flatten(params) | flatten(given or {}))
-    opt_state = optimizer.init(trained(params, program.plan.splits))
+    opt_state = Update(program, optimizer).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, variables, program.layer_rows)
 
 
@@ -126,38 +125,11 @@ def abstract(program: Program, optimizer: optax.GradientTransformation) -> Train
     """The state as `jax.ShapeDtypeStruct`s with shardings; nothing is allocated."""
     plan = program.plan
 
-    def place(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(plan.mesh, spec))
-
-    shapes = jax.eval_shape(
-        lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained(params, plan.splits))),
-        plan.shapes,
-    )
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes.params,
+        plan.shapes,
         plan.shardings("stored"),
     )
-    opt_state = jax.tree_util.tree_map_with_path(
-        lambda keys, x: place(x, _optimizer_spec(keys, x.shape, plan.splits)), shapes.opt_state
-    )
-    return TrainState(place(shapes.step, PartitionSpec()), params, opt_state, program.variables, program.layer_rows)
-
-
-def _optimizer_spec(keys: tuple[Any, ...], shape: tuple[int, ...], splits: dict[str, Split]) -> PartitionSpec:
-    """Arrays that belong to a parameter (their path ends in its path) are split as its gradient, dim by dim.
-
-    An array with one dim fewer (Adafactor's factored moments) is split as the dims that are left; all else is whole.
-    """
-    names = [str(getattr(key, "key", "")) for key in keys]
-    for start in range(len(names)):
-        split = splits.get("/".join(names[start:]))
-        if split is None:
-            continue
-        spec = tuple(split.sharded) + (None,) * (len(split.shape) - len(split.sharded))
-        if shape == split.shape:
-            return split.sharded
-        for dim in range(len(split.shape)):
-            if shape == split.shape[:dim] + split.shape[dim + 1 :]:
-                return PartitionSpec(*spec[:dim], *spec[dim + 1 :])
-    return PartitionSpec()
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(plan.mesh, PartitionSpec()))
+    opt_state = Update(program, optimizer).abstract
+    return TrainState(step, params, opt_state, program.variables, program.layer_rows)

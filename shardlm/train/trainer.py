@@ -24,11 +24,11 @@ from shardlm.train.explain import explain
 from shardlm.train.fit import FitOptions, fit
 from shardlm.train.frozen import trained
 from shardlm.train.module import LossFunction, ModuleProgram
-from shardlm.train.optimizer import adamw
 from shardlm.train.program import Program, require_devices, resolve
 from shardlm.train.state import TrainState
 from shardlm.train.step import Metrics, make_gradients, make_step
 from shardlm.train.transformer import TransformerProgram
+from shardlm.train.update import chosen
 
 Batch = Any
 """Of a `sl.Transformer`: arrays [batch, sequence] by name: tokens, targets; optionally weights, segments, positions.
@@ -133,7 +133,7 @@ class Trainer:
         plan: Any = program.plan  # of our own kind, or of a module's
         self.program, self.plan, self.layout, self.mesh = program, plan, plan.layout, plan.mesh
         self.engine, self.seed = program.engine, seed
-        self.optimizer = adamw(3e-4, steps=1000) if optimizer is None else optimizer
+        self.optimizer = chosen(program, optimizer)
         self.abstract_state = states.abstract(program, self.optimizer)
 
     @property
@@ -388,7 +388,7 @@ class Trainer:
 
     @cached_property
     def _loss_and_grads(self):
-        shardings = trained(self.plan.shardings("sharded"), self.plan.splits)
+        shardings = trained(self.plan.shardings("ordered"), self.plan.splits)
         return jax.jit(self.gradient_function, out_shardings=(None, shardings))
 
     @cached_property

@@ -85,11 +85,11 @@ class TransformerProgram:
 
     def in_order(self, tree: Any) -> Any:
         """Layers in the model's order and on every stage."""
-        return arrange.gathered(tree, self.plan.stages)
+        return arrange.gathered(tree, self.plan.stages, self.plan.splits)
 
     def arrange(self, tree: Any) -> Any:
         """The inverse of `in_order`, of NumPy arrays."""
-        return arrange.arrange(tree, self.plan.stages)
+        return arrange.arrange(tree, self.plan.stages, self.plan.splits)
 
     @property
     def title(self) -> str:
@@ -110,7 +110,7 @@ class TransformerProgram:
         stages = self.plan.stages
         _, state = nnx.split(Transformer(self.config, rngs=nnx.Rngs(seed), rows=stages.rows))
         params = nnx.to_pure_dict(state)
-        return (arrange.without_padding(params, stages) if stages.padding else params), {}
+        return (arrange.without_padding(params, stages, self.plan.splits) if stages.padding else params), {}
 
     def gradients(self, params: Parameters, variables: Variables, batch: dict[str, Array], key: Array) -> Gradients:
         """Loss and gradients; `key` is of the dropout masks."""

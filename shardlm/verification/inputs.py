@@ -10,9 +10,9 @@ import numpy as np
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.train.engine import unflatten
-from shardlm.train.frozen import trained
 from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
+from shardlm.train.update import Update
 from shardlm.verification.compare import leaves
 
 _LENGTH, _ROWS = 12, 8  # of a row, and of them, at least
@@ -81,7 +81,7 @@ def rounded(params: Any, share: float, seed: int) -> Any:
 
 def start(reference: Trainer, params: Any) -> TrainState:
     """The state before the first update with these parameters, on the host."""
-    opt_state = reference.optimizer.init(trained(params, reference.plan.splits))
+    opt_state = jax.jit(Update(reference.program, reference.optimizer).init)(params)
     return jax.tree.map(np.asarray, dataclasses.replace(reference.init(), params=params, opt_state=opt_state))
 
 
