@@ -26,7 +26,7 @@ from shardlm.rules import ReplicatedParameterWarning, match_rules
 from shardlm.runtime import fake_devices, initialize
 from shardlm.runtime.preemption import Preempted
 from shardlm.train.fit import NonFiniteLoss
-from shardlm.train.optimizer import adamw
+from shardlm.train.optimizer import adamw, decayed, matrix_dims, muon
 from shardlm.train.sample import sample
 from shardlm.train.saving import CheckpointWarning
 from shardlm.train.state import TrainState
@@ -66,6 +66,7 @@ __all__ = [
     "adapters",
     "add_lora",
     "data",
+    "decayed",
     "fake_devices",
     "generate",
     "initialize",
@@ -73,7 +74,9 @@ __all__ = [
     "load_hf",
     "load_lora",
     "match_rules",
+    "matrix_dims",
     "merge_lora",
+    "muon",
     "presets",
     "read_metadata",
     "restore",

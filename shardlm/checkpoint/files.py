@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 
 from .digest import digests
 from .hashes import damage
+from .keys import as_numbers, from_numbers, is_key, problem
 from .mapping import rounds, sources
 from .processes import errors_of_all, exchange
 from .record import STATE, absolute, damaged, is_checkpoint, known_steps, parse_array, read_record
@@ -104,6 +105,9 @@ def restore(
     record = read_record(path)
     stored = {name: parse_array(text)[0] for name, text in record["arrays"].items()}
     pairs, kept, problems = sources(stored, abstract, mapping or {}, ignore, only)
+    keys, wanted = dict(record.get("keys") or {}), abstract
+    abstract = {name: leaf if name in kept else as_numbers(leaf) for name, leaf in wanted.items()}
+    found_keys = {name: problem(wanted[name], keys.get(source)) for name, source in pairs.items() if source in stored}
     arranged = record.get("layer_rows"), getattr(target, "layer_rows", None)
     to_change, different = changes(
         {name: stored[source] for name, source in pairs.items() if source in stored},
@@ -111,6 +115,7 @@ def restore(
         padded_rows,
         arranged,
     )
+    different += [f"{name}: {text}" for name, text in found_keys.items() if text is not None]
     if problems := sorted([*problems, *(_with_source(line, pairs) for line in different)]):
         lines = [f"the checkpoint {path} is of another model or optimizer than the target:", *problems]
         raise ValueError(
@@ -132,6 +137,8 @@ def restore(
             if name in to_change:
                 make = jax.jit(to_change[name].make, out_shardings=abstract[name].sharding)
                 arrays[name] = jax.block_until_ready(make(loaded[source]))
+            if is_key(wanted[name]):
+                arrays[name] = jax.block_until_ready(from_numbers(arrays[name], keys[source], wanted[name].sharding))
     return jax.tree.unflatten(treedef, [arrays[name] for name in abstract])
 
 

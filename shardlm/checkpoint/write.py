@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 
 from .digest import as_text, start
 from .hashes import digest_files, names_in
+from .keys import as_numbers, generators, is_key
 from .processes import SaveError, barrier, errors_of_all, is_first
 from .record import FORMAT, STATE, describe_array, write_record
 
@@ -185,9 +186,9 @@ def checked(state: Any, metadata: dict | None) -> tuple[dict[str, jax.Array], di
     """The arrays to save and what to say of them; raises what `save` raises for a state or metadata that cannot be."""
     arrays, _ = flatten(state)
     for name, leaf in arrays.items():
-        if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        if not isinstance(leaf, jax.Array) or (jnp.issubdtype(leaf.dtype, jax.dtypes.extended) and not is_key(leaf)):
             kind = f"{type(leaf).__name__} {getattr(leaf, 'dtype', '')}".strip()
-            raise TypeError(f"{name}: a state is made of jax.Arrays of numbers (of a key, its key_data), not {kind}")
+            raise TypeError(f"{name}: a state is made of jax.Arrays of numbers or random keys, not {kind}")
     if empty := [name for name, leaf in arrays.items() if leaf.size == 0] or ([] if arrays else ["the whole state"]):
         raise ValueError(f"there are no elements to save in {', '.join(empty)}")
     try:
@@ -198,7 +199,9 @@ def checked(state: Any, metadata: dict | None) -> tuple[dict[str, jax.Array], di
     record = {"format": FORMAT, "saved": now, "processes": jax.process_count(), "metadata": metadata}
     if (layer_rows := getattr(state, "layer_rows", None)) is not None:
         record["layer_rows"] = layer_rows
-    return arrays, record
+    if found := generators(arrays):
+        record["keys"] = found
+    return {name: as_numbers(leaf) for name, leaf in arrays.items()}, record
 
 
 def remove(path: Any) -> None:

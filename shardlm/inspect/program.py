@@ -30,6 +30,8 @@ class Program:
         splits: how each parameter is split, by path.
         manual: whether all communication is written in the program, and none left to the compiler.
         batch_size, sequence: of the global batch; sequence is None where the batch is not [batch, sequence].
+        update_copies: bytes of a device that an update takes beside state and gradients, for an optimizer that is given
+            other arrays than those that are stored.
         notes: what a reader must know, such as what stands in for what.
         compiled: a function that compiles the step; None where its devices do not exist.
     """
@@ -45,6 +47,7 @@ class Program:
     manual: bool = False
     batch_size: int = 0
     sequence: int | None = None
+    update_copies: int = 0
     notes: tuple[str, ...] = ()
     compiled: Callable[[], Any] | None = None
 

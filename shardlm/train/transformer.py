@@ -154,8 +154,8 @@ class TransformerProgram:
 
     def padded_rows(self, path: str, shape: tuple[int, ...]) -> int | None:
         """How many rows of a table over the vocabulary, or of an optimizer moment of it, are real."""
-        tables, padded = ("embedding/table", "head/table"), (self.config.padded_vocab_size,)
-        return self.config.vocab_size if path.endswith(tables) and shape[:1] == padded else None
+        tables, known = ("embedding/table", "head/table"), (self.config.padded_vocab_size, self.config.vocab_size)
+        return self.config.vocab_size if path.endswith(tables) and shape[:1] and shape[0] in known else None
 
     def describe(self, held: Mapping[str, int], *, parameters: bool) -> str:
         """The layout's table for this model, what ZeRO leaves whole, bytes; a line for each parameter on request."""

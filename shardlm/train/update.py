@@ -9,6 +9,7 @@ model has them, and what it returns is stored again. Its state is kept in one fo
 parameter's shape is stored as the parameter is, everything else as the optimizer made it.
 """
 
+import inspect
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -20,7 +21,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm.dims import Split
-from shardlm.train import elementwise
+from shardlm.train import elementwise, masks
 from shardlm.train.frozen import trained
 from shardlm.train.optimizer import adamw
 from shardlm.train.paths import flatten, unflatten
@@ -62,12 +63,12 @@ class Update:
             loss: passed on as `value` to an optimizer that takes further arguments.
         """
         if not self.rearranges:
-            updates, state = self._update(grads, opt_state, params, loss)
+            updates, state = self.raw(grads, opt_state, params, loss)
             if self._views and not self._answer.keeps_zeros:
                 updates, state = cleared((updates, state), self._views)
         else:
             grads, before, model = as_model((grads, opt_state, params), self._views, self._manual)
-            updates, state = as_stored(self._update(grads, before, model, loss), self._views, self._manual)
+            updates, state = as_stored(self.raw(grads, before, model, loss), self._views, self._manual)
         # What the state is, it stays: a number in a wider type, such as the loss, does not widen it.
         state = jax.tree.map(
             lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), state, opt_state
@@ -90,14 +91,14 @@ class Update:
 
         return jax.tree_util.tree_map_with_path(place, jax.eval_shape(self.optimizer.init, self.model_params))
 
-    @property
+    @cached_property
     def model_params(self) -> Any:
         """What is trained, as the model has it, as shapes."""
         flat = flatten(trained(self.program.plan.shapes, self.program.plan.splits))
         shapes = {path: self._views[path].shape if path in self._views else x.shape for path, x in flat.items()}
         return unflatten({path: jax.ShapeDtypeStruct(shapes[path], x.dtype) for path, x in flat.items()})
 
-    @property
+    @cached_property
     def model_arguments(self) -> tuple[Any, Any, Any, Any]:
         """Gradients, state, parameters and loss as the optimizer sees them, as shapes."""
         state = jax.eval_shape(self.optimizer.init, self.model_params)
@@ -127,7 +128,7 @@ class Update:
         """Raise ValueError for an optimizer that a step cannot serve, in which one sentence says why."""
         try:
             grads, state, _, _ = self.model_arguments
-            updates, after = jax.eval_shape(self._update, *self.model_arguments)
+            updates, after = jax.eval_shape(self.raw, *self.model_arguments)
         except Exception as error:
             raise ValueError(
                 f"optimizer: it fails on the parameters of this model: {error}. A step hands an optimizer the mean "
@@ -141,8 +142,17 @@ class Update:
                     "An update keeps every structure and shape"
                 )
 
-    def _update(self, grads: Any, opt_state: Any, params: Any, loss: Array) -> tuple[Any, Any]:
+    def raw(self, grads: Any, opt_state: Any, params: Any, loss: Array) -> tuple[Any, Any]:
+        """The optimizer's own update, of the model's arrays: updates and state."""
+        if not self._takes_value:
+            return self.optimizer.update(grads, opt_state, params)
         return self.optimizer.update(grads, opt_state, params, value=loss)
+
+    @cached_property
+    def _takes_value(self) -> bool:
+        """Whether `update` may be called with value=: those of Optax ignore what they do not know, with exceptions."""
+        parameters = inspect.signature(self.optimizer.update).parameters.values()
+        return any(p.name == "value" or p.kind is p.VAR_KEYWORD for p in parameters)
 
     @cached_property
     def _answer(self) -> elementwise.Answer:
@@ -157,7 +167,7 @@ class Update:
         treedef, count = jax.tree.structure(model), len(jax.tree.leaves(params))
 
         def update(*flat: Any) -> Any:
-            return jax.tree.leaves(self._update(*jax.tree.unflatten(treedef, flat)))
+            return jax.tree.leaves(self.raw(*jax.tree.unflatten(treedef, flat)))
 
         # The results are updates and state, as the first arguments are gradients and state.
         results = tags[: len(tags) - count - 1]
@@ -174,7 +184,9 @@ def chosen(program: Program, optimizer: Any) -> Any:
         ValueError: a step cannot serve it.
     """
     optimizer = adamw(3e-4, steps=1000) if optimizer is None else optimizer
-    Update(program, optimizer).check()
+    update = Update(program, optimizer)
+    update.check()
+    masks.warn(update.raw, update.model_arguments, program.plan.splits)
     return optimizer
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 
+from shardlm.checkpoint.keys import as_numbers
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.train.state import TrainState
@@ -209,4 +210,5 @@ class _Sides:
         return explain.Context(self.trainer, self.reference, self.start, self.batch, self.arithmetic)
 
     def _to_host(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        results = jax.tree.map(as_numbers, results)  # of random keys
         return [self.trainer.in_order(r) if i == 1 else jax.tree.map(np.array, r) for i, r in enumerate(results)]
