@@ -102,7 +102,8 @@ def _look(program: Program, trainer: "Trainer", batch: Any, notes: tuple[str, ..
         notes = (
             *notes,
             "the optimizer looks at more than single elements, so each update gives it the model's layers and "
-            f"vocabulary in order and without padding: {render.size(sent)} sent, {render.size(copies)} of copies on each device",
+            f"vocabulary in order and without padding: {render.size(sent)} sent, {render.size(copies)} of copies on "
+            "each device",
         )
     return programs.Program(
         step=make_step(program, trainer.optimizer, trainer.seed),

@@ -237,8 +237,8 @@ class Trainer:
         """The mean loss and its gradients with respect to `state.params`, under the step's dropout masks; no update.
 
         Returns:
-            A scalar, and a nested dict like `state.params` of global arrays, split as the optimizer state is (over
-            fsdp at every ZeRO level).
+            A scalar, and a nested dict of global arrays like `in_order(state).params`, layers in the model's order,
+            split as the optimizer state is (over fsdp at every ZeRO level).
         """
         states.check_usable(state, self.abstract_state)
         return self._run(self._loss_and_grads, state, self.place(batch))
