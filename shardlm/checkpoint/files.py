@@ -25,8 +25,9 @@ def save(path: str | os.PathLike, state: Any, metadata: dict | None = None, *, o
 
     Args:
         path: the folder to create: it must not exist, or be empty.
-        state: pytree of `jax.Array`s on any layout. In a run of several processes all of them call this function. Of a
-            pipeline with chunks or uneven stages give the whole `TrainState`, which says where its layers are.
+        state: pytree of `jax.Array`s on any layout, random keys among them. In a run of several processes all of them
+            call this function. Of a pipeline with chunks or uneven stages give the whole `TrainState`, which says where
+            its layers are.
         metadata: what else to keep (configuration, layout, position in the data, versions): a dict that JSON can hold,
             the same on all processes. Tuples come back as lists.
         overwrite: replace the checkpoint at `path`. Anything else there is refused all the same.

@@ -28,8 +28,8 @@ class TrainState:
     Attributes:
         step: int32 scalar, updates made so far.
         params: a nested dict of arrays, whole or, with ZeRO-3, split over the fsdp axis.
-        opt_state: Optax's state for the parameters that are trained; arrays of a parameter's shape are split as its
-            gradient is.
+        opt_state: Optax's state for the parameters that are trained; arrays of a parameter's shape are stored as it is,
+            and split as its gradient is.
         variables: what the model carries and does not train, such as running statistics: a nested dict of arrays, empty
             for a `sl.Transformer`.
         layer_rows: where a pipeline stores layers otherwise than as [num_layers, ...], which layer each row is, -1 for

@@ -70,9 +70,7 @@ class Update:
             grads, before, model = as_model((grads, opt_state, params), self._views, self._manual)
             updates, state = as_stored(self.raw(grads, before, model, loss), self._views, self._manual)
         # What the state is, it stays: a number in a wider type, such as the loss, does not widen it.
-        state = jax.tree.map(
-            lambda new, old: new if new.dtype == old.dtype else new.astype(old.dtype), state, opt_state
-        )
+        state = jax.tree.map(lambda new, old: new if _is_like(new, old) else new.astype(old.dtype), state, opt_state)
         return optax.apply_updates(params, updates), state
 
     @property
@@ -209,6 +207,10 @@ def _stored(
         if shape == whole[:dim] + whole[dim + 1 :]:
             return shape, PartitionSpec(*names[:dim], *names[dim + 1 :])
     return shape, PartitionSpec()
+
+
+def _is_like(new: Any, old: Any) -> bool:
+    return getattr(new, "dtype", old.dtype) == old.dtype
 
 
 def _difference(found: Any, expected: Any) -> str | None:
