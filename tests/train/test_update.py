@@ -16,8 +16,10 @@ from shardlm.train.update import Update
 
 pytestmark = pytest.mark.usefixtures("x64_module")
 
-LAYOUTS = {  # a vocabulary of 9 is padded by the first and the third, layers by the first and the second
-    "uneven": (5, "pipe=2,tensor=2,pipeline=1f1b:2"),
+# A vocabulary of 9 is padded by the first and the third, layers by the first and the second. Of some parameters no dim
+# divides by the first one's 3 stages.
+LAYOUTS = {
+    "uneven": (5, "pipe=3,tensor=2,pipeline=1f1b:3"),
     "interleaved": (3, "pipe=2,fsdp=2,tensor=2,pipeline=interleaved:2:2:1+0+1+1:ends"),
     "vocabulary": (2, "tensor=4"),
 }
@@ -137,23 +139,20 @@ def as_model(made: sl.Trainer, tree):
 def test_a_step_rearranges_what_the_ledger_says():
     layers, text = LAYOUTS["uneven"]
     layout = sl.Layout.parse(text)
-    random = np.random.default_rng(0)
-    tokens = random.integers(0, 9, (4, 7))
+    tokens = np.random.default_rng(0).integers(0, 9, (6, 7))
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
-    optimizer = OPTIMIZERS["block"]
+    optimizer = optax.chain(optax.clip_by_block_rms(1e-3), optax.add_decayed_weights(0.1), optax.sgd(1.0))
     states = []
     for where in (sl.Layout(), layout):
         made = sl.Trainer(config(layers), where, optimizer, devices=jax.devices()[: where.num_devices])
         step = made._step.lower(made.abstract_state, made.place(batch)).compile()
         state, _ = step(made.init(), made.place(batch))
-        states.append(jax.tree.map(np.asarray, made.in_order(state).params))
+        states.append(as_model(made, state.params))
+    assert_close(*states)
     traced = sl.inspect.ledger(made.step_function, made.abstract_state, made.place(batch))
-    moved = [entry for entry in traced if entry.kind == "all-to-all"]
-    assert {entry.axes for entry in moved} == {("pipe",), ("tensor", "pipe")} or moved
-    added = collectives(step.as_text(), made.mesh)
-    assert {key for key in traced.counts() - added if key.kind == "all-to-all"} == set()
-    one, many = (flatten(x) for x in states)
-    assert_close(one, {path: x[:9] if path.endswith("table") else x for path, x in many.items()})
+    moved = {key for key in traced.counts() if key.kind == "all-to-all"}
+    assert {key.axes for key in moved} == {("pipe",)}
+    assert not {key for key in traced.counts() - collectives(step.as_text(), made.mesh)} & moved
 
 
 def test_gradients_come_with_their_layers_in_order():
@@ -215,7 +214,7 @@ def test_where_everything_is_stored_in_order_nothing_is_rearranged():
 
 
 def test_explain_says_what_the_rearrangement_costs():
-    plain, other = (trainer("uneven", o).explain(4, 6) for o in (ELEMENTWISE["sgd"], OPTIMIZERS["block"]))
+    plain, other = (trainer("uneven", o).explain(6, 6) for o in (ELEMENTWISE["sgd"], OPTIMIZERS["block"]))
     assert not any("rearranged" in note or "in order and without padding" in note for note in plain.notes)
     [note] = [note for note in other.notes if "in order and without padding" in note]
     sent, copies = Update(trainer("uneven").program, OPTIMIZERS["block"]).cost()
