@@ -25,13 +25,13 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 _ELEMENTWISE: dict[str, Callable[..., Any] | None] = {
     "add": np.add, "add_any": np.add, "sub": np.subtract, "mul": np.multiply, "max": np.maximum, "min": np.minimum,
     "div": np.divide, "neg": np.negative, "abs": np.abs, "sign": np.sign, "sqrt": np.sqrt, "square": np.square,
-    "real": np.real, "conj": np.conj, "is_finite": np.isfinite, "not": np.logical_not, "and": np.logical_and,
-    "or": np.logical_or, "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+    "real": np.real, "conj": np.conj, "is_finite": np.isfinite,
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
     "ge": np.greater_equal, "select_n": lambda which, *cases: cases[int(which)], "convert_element_type": None,
     "copy": lambda x: x, "stop_gradient": lambda x: x, "reduce_precision": None,
     "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
     **dict.fromkeys(("exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "rsqrt", "cbrt", "pow", "integer_pow",
-                     "erf", "floor", "ceil", "round", "rem", "sin", "cos", "nextafter", "xor")),
+                     "erf", "not", "and", "or", "floor", "ceil", "round", "rem", "sin", "cos", "nextafter", "xor")),
 }  # fmt: skip
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "custom_jvp_call", "custom_vjp_call")
 _SAME = "same"
@@ -187,6 +187,8 @@ def _padding(name: str, equation: Any, kinds: list[Any]) -> Any:
         return 0
     if name in ("convert_element_type", "reduce_precision"):
         return values[0] if values[0] is not None and values[0] in (0, 1) else None
+    if name in ("not", "and", "or") and all(isinstance(value, bool | np.bool_) for value in values):
+        return {"not": np.logical_not, "and": np.logical_and, "or": np.logical_or}[name](*values)
     if name == "select_n" and values[0] is None and all(zero[1:]):
         return 0
     function = _ELEMENTWISE[name]

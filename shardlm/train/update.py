@@ -157,7 +157,8 @@ class Update:
         """Whether the optimizer takes every element for itself."""
         grads, _, params, loss = model = self.model_arguments
         shapes = trained(self.program.plan.shapes, self.program.plan.splits)
-        stored = (shapes, self.abstract, shapes, loss)
+        # Without shardings, which traced programs would show.
+        stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (shapes, self.abstract, shapes, loss))
         tags = []
         for keys, x in _paths(model):
             path = owner(keys, self._views)
