@@ -27,7 +27,7 @@ from shardlm.rules import ReplicatedParameterWarning, match_rules
 from shardlm.runtime import fake_devices, initialize
 from shardlm.runtime.preemption import Preempted
 from shardlm.train.fit import NonFiniteLoss
-from shardlm.train.optimizer import adamw
+from shardlm.train.optimizer import adamw, decayed, matrix_dims, muon
 from shardlm.train.sample import sample
 from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
@@ -67,6 +67,7 @@ __all__ = [
     "adapters",
     "add_lora",
     "data",
+    "decayed",
     "fake_devices",
     "generate",
     "initialize",
@@ -75,7 +76,9 @@ __all__ = [
     "load_lora",
     "load_tokenizer",
     "match_rules",
+    "matrix_dims",
     "merge_lora",
+    "muon",
     "presets",
     "read_metadata",
     "restore",

@@ -13,6 +13,7 @@ In `shard_map` terms an array either *varies* over an axis (each device may hold
 | `all_gather`     | A[I_X] -> A[I]             | `reduce_scatter` | (n-1)/n of the gathered A               |
 | `reduce_scatter` | A[I]{U_X} -> A[I_X]        | `all_gather`     | (n-1)/n of the unscattered A            |
 | `split`          | A[I] -> A[I_X]             | pad, all_reduce  | 0                                       |
+| `exchange`       | A[I_X, J] -> A[I, J_X]     | exchange back    | (n-1)/n of the shard                    |
 | `shift`          | A of device i -> i + step  | shift back       | A                                       |
 | `all_reduce_max` | max over X                 | none             | 2(n-1)/n of A                           |
 
@@ -106,6 +107,12 @@ def split(x: Array, axis: Axis, dim: int) -> Array:
         return x
     length = x.shape[dim] // count
     return lax.dynamic_slice_in_dim(vary(x, axis), index(axis) * length, length, dim)
+
+
+def exchange(x: Array, axes: Axes, whole: int, split: int) -> Array:
+    """Move the split from dim `whole` to dim `split`, an all-to-all: A[I_X, J] -> A[I, J_X]."""
+    names = active(axes)
+    return lax.all_to_all(vary(x, axes), names, split, whole, tiled=True) if names else x
 
 
 def shift(x: Array, axis: Axis, step: int) -> Array:

@@ -16,6 +16,7 @@ from shardlm.runtime.strangers import printable
 from .digest import digests
 from .fields import parse_array
 from .hashes import damage
+from .keys import as_numbers, from_numbers, is_key, problem
 from .mapping import rounds, sources
 from .processes import errors_of_all, exchange, is_first
 from .record import STATE, absolute, damaged, for_orbax, is_checkpoint, known_steps, read_record
@@ -39,8 +40,9 @@ def save(
 
     Args:
         path: the folder to create: it must not exist, or be empty.
-        state: pytree of `jax.Array`s on any layout. In a run of several processes all of them call this function. Of a
-            pipeline with chunks or uneven stages give the whole `TrainState`, which says where its layers are.
+        state: pytree of `jax.Array`s on any layout, random keys among them. In a run of several processes all of them
+            call this function. Of a pipeline with chunks or uneven stages give the whole `TrainState`, which says where
+            its layers are.
         metadata: what else to keep (configuration, layout, position in the data, versions): a dict that JSON can hold,
             the same on all processes. Tuples come back as lists.
         overwrite: replace the checkpoint at `path`. Anything else there is refused all the same.
@@ -143,6 +145,9 @@ def restore(
     record = read_record(path)
     stored = {name: parse_array(text)[0] for name, text in record["arrays"].items()}
     pairs, kept, problems = sources(stored, abstract, mapping or {}, ignore, only)
+    keys, wanted = dict(record.get("keys") or {}), abstract
+    abstract = {name: leaf if name in kept else as_numbers(leaf) for name, leaf in wanted.items()}
+    found_keys = {name: problem(wanted[name], keys.get(source)) for name, source in pairs.items() if source in stored}
     arranged = record.get("layer_rows"), getattr(target, "layer_rows", None)
     to_change, different = changes(
         {name: stored[source] for name, source in pairs.items() if source in stored},
@@ -151,6 +156,7 @@ def restore(
         arranged,
     )
     check_usable([abstract[name] for name in kept])
+    different += [f"{name}: {text}" for name, text in found_keys.items() if text is not None]
     if problems := sorted([*problems, *(_with_source(line, pairs) for line in different)]):
         lines = [f"the checkpoint {path} is of another model or optimizer than the target:"]
         lines += [printable(line, 1000) for line in problems]
@@ -173,6 +179,8 @@ def restore(
             if name in to_change:
                 make = jax.jit(to_change[name].make, out_shardings=abstract[name].sharding)
                 arrays[name] = jax.block_until_ready(make(loaded[source]))
+            if is_key(wanted[name]):
+                arrays[name] = jax.block_until_ready(from_numbers(arrays[name], keys[source], wanted[name].sharding))
     return jax.tree.unflatten(treedef, [arrays[name] for name in abstract])
 
 

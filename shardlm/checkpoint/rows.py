@@ -4,6 +4,8 @@
 - Stacked layers, known by the component `layers` of their path, are [num_layers, ...] in the model's order, unless the
   state's attribute `layer_rows` says otherwise: which layer each row is, -1 for padding, a list for each chunk where
   they have a dim of chunks. It is saved with the state.
+
+Parts of an optimizer's state that belong to a parameter, and have another shape, are the same on every layout.
 """
 
 import functools
@@ -53,8 +55,9 @@ def changes(
             problems.append(f"{name}: {what} {array.dtype} {tuple(array.shape)}")
             continue
         leaf, there = wanted[name], stored[name]
-        if _is_arranged(name, there, leaf, arranged):
-            before, after = (_rows(x, rows) for x, rows in zip((there, leaf), arranged, strict=True))
+        how = _arrangements(name, there, leaf, arranged, wanted)
+        if how is not None:
+            before, after = (_rows(x, rows) for x, rows in zip((there, leaf), how, strict=True))
             if before.max() != after.max() or there.shape[before.ndim :] != leaf.shape[after.ndim :]:
                 expected, given = (f"{x.shape} of {r.max() + 1} layers" for x, r in ((leaf, after), (there, before)))
                 problems.append(f"{name}: shape expected {expected}, found {given}")
@@ -93,10 +96,27 @@ def _with_rows(real: int, count: int) -> Callable[[jax.Array], jax.Array]:
     return make
 
 
-def _is_arranged(name: str, stored: Any, wanted: Any, arranged: tuple[Any, Any]) -> bool:
-    """Whether it is stacked layers, of which at least one side stores them otherwise than in order."""
-    pairs = [(x, np.shape(rows)) for x, rows in zip((stored, wanted), arranged, strict=True) if rows is not None]
-    return LAYERS in name.split("/") and any(tuple(x.shape[: len(shape)]) == shape for x, shape in pairs)
+def _arrangements(
+    name: str, stored: Any, wanted: Any, arranged: tuple[Any, Any], target: dict[str, Any]
+) -> tuple[Any, Any] | None:
+    """How each side stores a leaf's layers, None for in order; None where it is not of layers, or in order on both."""
+    other = _has_another_shape(name, wanted, target)
+    if LAYERS not in name.split("/") or (other and tuple(stored.shape) == tuple(wanted.shape)):
+        return None
+
+    def of(x: Any, rows: Any) -> Any:
+        return rows if rows is not None and tuple(x.shape[: np.ndim(rows)]) == np.shape(rows) else None
+
+    before, after = of(stored, arranged[0]), None if other else of(wanted, arranged[1])
+    return None if before is None and after is None else (before, after)
+
+
+def _has_another_shape(name: str, leaf: Any, target: dict[str, Any]) -> bool:
+    """Whether it belongs to a parameter of the target, by the end of its path, and is not of its shape."""
+    parts = name.split("/")
+    ends = ("/".join(["params", *parts[start:]]) for start in range(1, len(parts)))
+    owner = next((end for end in ends if end in target), None)
+    return owner is not None and tuple(target[owner].shape) != tuple(leaf.shape)
 
 
 def _rows(array: Any, rows: Any) -> np.ndarray:

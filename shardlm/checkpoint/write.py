@@ -22,6 +22,7 @@ from shardlm.runtime.folders import NEW, Work
 from .digest import as_text, start
 from .fields import describe_array
 from .hashes import digest_files, names_in
+from .keys import as_numbers, generators, is_key
 from .processes import CheckpointWarning, SaveError, barrier, errors_of_all, exchange, is_first, reason
 from .record import FORMAT, LARGEST, STATE, for_orbax, write_record
 from .texts import TEXTS
@@ -212,11 +213,9 @@ def checked(state: Any, metadata: dict | None) -> tuple[dict[str, jax.Array], di
     arrays, _ = flatten(state)
     check_usable(state)
     for name, leaf in arrays.items():
-        if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        if not isinstance(leaf, jax.Array) or (jnp.issubdtype(leaf.dtype, jax.dtypes.extended) and not is_key(leaf)):
             kind = f"{type(leaf).__name__} {getattr(leaf, 'dtype', '')}".strip()
-            raise TypeError(
-                f"{name or 'state'}: a state is made of jax.Arrays of numbers (of a key, its key_data), not {kind}"
-            )
+            raise TypeError(f"{name or 'state'}: a state is made of jax.Arrays of numbers or random keys, not {kind}")
     if empty := [name for name, leaf in arrays.items() if leaf.size == 0] or ([] if arrays else ["the whole state"]):
         raise ValueError(f"there are no elements to save in {', '.join(empty)}")
     try:
@@ -229,4 +228,6 @@ def checked(state: Any, metadata: dict | None) -> tuple[dict[str, jax.Array], di
     record = {"format": FORMAT, "saved": now, "processes": jax.process_count(), "metadata": metadata}
     if (layer_rows := getattr(state, "layer_rows", None)) is not None:
         record["layer_rows"] = layer_rows
-    return arrays, record
+    if found := generators(arrays):
+        record["keys"] = found
+    return {name: as_numbers(leaf) for name, leaf in arrays.items()}, record

@@ -61,6 +61,15 @@ def of(program: Program) -> Memory:
         return memory
     regions = [e.params["jaxpr"] for e in program.jaxpr.jaxpr.eqns if e.primitive.name == "shard_map"]
     worst = max((liveness.peak(region) for region in regions), key=lambda peak: peak.bytes)
+    if program.update_copies and gradients + program.update_copies > worst.bytes:
+        return dataclasses.replace(
+            memory,
+            activations=0,
+            temporaries=program.update_copies,
+            peak=everything + batch + gradients + program.update_copies,
+            where="the update, for which the optimizer's arrays are rearranged",
+            largest=(worst.largest, worst.largest_shape, worst.largest_where),
+        )
     return dataclasses.replace(
         memory,
         activations=worst.kept,

@@ -32,6 +32,8 @@ class Program:
         batch_size, sequence: of the global batch; sequence is None where the batch is not [batch, sequence].
         attended: which part of each query's keys a fused attention kernel computes, causality or a window hiding the
             others; 1 where all are computed, and hidden afterwards.
+        update_copies: bytes of a device that an update takes beside state and gradients, for an optimizer that is given
+            other arrays than those that are stored.
         notes: what a reader must know, such as what stands in for what.
         compiled: a function that compiles the step; None where its devices do not exist.
     """
@@ -48,6 +50,7 @@ class Program:
     batch_size: int = 0
     sequence: int | None = None
     attended: float = 1.0
+    update_copies: int = 0
     notes: tuple[str, ...] = ()
     compiled: Callable[[], Any] | None = None
 

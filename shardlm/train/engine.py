@@ -10,7 +10,7 @@ makes it an
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from shardlm.parallel.pipeline.stages import Stages
 from shardlm.train import arrange, pipelined
 from shardlm.train.loss import loss_sum, nll_sum
 from shardlm.train.paths import flatten, unflatten
+from shardlm.train.view import View, layers, views
 
 Parameters = dict[str, Any]
 """A nested dict of arrays: the model's parameters, or their gradients."""
@@ -82,9 +83,19 @@ class Plan:
         """The splits of parameters as `arrange.gathered` gives them, their layers in the model's order."""
         return {path: arrange.split_in_order(split, self.stages) for path, split in self.splits.items()}
 
+    @cached_property
+    def views(self) -> dict[str, View]:
+        """The parameters that the layout stores otherwise than the model has them."""
+        return views(self.config, self.splits, self.stages, self.mesh)
+
     def shardings(self, which: str) -> Parameters:
-        """A sharding for each parameter: `"stored"`, `"sharded"` (as gradients and optimizer state) or `"whole"`."""
-        return unflatten({path: NamedSharding(self.mesh, getattr(split, which)) for path, split in self.splits.items()})
+        """A sharding for each parameter, of what is named in `program.Plan`."""
+        specs = {
+            path: getattr(split, "sharded" if which == "ordered" else which) for path, split in self.splits.items()
+        }
+        if which == "ordered":
+            specs |= {path: view.spec for path, view in layers(self.views).items()}
+        return unflatten({path: NamedSharding(self.mesh, spec) for path, spec in specs.items()})
 
     def batch_spec(self) -> PartitionSpec:
         """The spec of a batch array [batch, sequence]."""
@@ -296,7 +307,7 @@ def _parted(plan: Plan, parameters: dict[str, Array]) -> tuple[dict[str, Array],
 
 def _plainly(plan: Plan) -> Ready:
     def ready(parameters: dict[str, Array]) -> tuple[Transformer, Execution]:
-        ordered = arrange.in_order(unflatten(parameters), plan.stages)
+        ordered = arrange.in_order(unflatten(parameters), plan.stages, plan.splits)
         return merge(plan.graph, ordered), Execution(remat=plan.layout.remat)
 
     return ready

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from shardlm import inspect
 from shardlm.inspect import program as programs
-from shardlm.inspect import report
+from shardlm.inspect import render, report
 from shardlm.layout import Layout
 from shardlm.train import state as states
 from shardlm.train.program import Program
 from shardlm.train.step import make_step
 from shardlm.train.transformer import TransformerProgram
+from shardlm.train.update import Update
 
 if TYPE_CHECKING:
     from shardlm.train.trainer import Trainer
@@ -111,6 +112,14 @@ def _look(program: Program, trainer: "Trainer", batch: Any, notes: tuple[str, ..
     leaf = jax.tree.leaves(batch)[0]
     state = states.abstract(program, trainer.optimizer)
     tokens = isinstance(batch, Mapping) and isinstance(program, TransformerProgram)
+    sent, copies = Update(program, trainer.optimizer).cost()
+    if copies:
+        notes = (
+            *notes,
+            "the optimizer looks at more than single elements, so each update gives it the model's layers and "
+            f"vocabulary in order and without padding: {render.size(sent)} sent, {render.size(copies)} of copies on "
+            "each device",
+        )
     return programs.Program(
         step=make_step(program, trainer.optimizer, trainer.seed),
         state=state,
@@ -124,6 +133,7 @@ def _look(program: Program, trainer: "Trainer", batch: Any, notes: tuple[str, ..
         batch_size=leaf.shape[0],
         sequence=leaf.shape[1] if tokens else None,
         attended=_attended(trainer.program, leaf.shape[1]) if tokens else 1.0,
+        update_copies=copies,
         notes=notes,
         compiled=compiled,
     )

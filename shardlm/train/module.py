@@ -64,8 +64,14 @@ class ModulePlan:
         """For each path, how it is split."""
         return self.table.splits
 
+    @property
+    def views(self) -> dict[str, Any]:
+        """None, likewise."""
+        return {}
+
     def shardings(self, which: str) -> Parameters:
-        """A sharding for each parameter: `"stored"`, `"sharded"` (as gradients and optimizer state) or `"whole"`."""
+        """A sharding for each parameter, of what is named in `program.Plan`."""
+        which = "sharded" if which == "ordered" else which
         return unflatten({path: NamedSharding(self.mesh, getattr(split, which)) for path, split in self.splits.items()})
 
     def batch_spec(self) -> PartitionSpec:

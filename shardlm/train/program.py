@@ -16,6 +16,7 @@ from shardlm.dims import Split
 from shardlm.layout import Layout
 from shardlm.models.kinds import kind
 from shardlm.train.engine import Parameters
+from shardlm.train.view import View
 
 Variables = dict[str, Any]
 """A nested dict of arrays that a model carries from step to step and does not train."""
@@ -84,8 +85,16 @@ class Plan(Protocol):
         """The same of what `Program.in_order` gives."""
         ...
 
+    @property
+    def views(self) -> Mapping[str, View]:
+        """By path, the parameters that the layout stores otherwise than the model has them."""
+        ...
+
     def shardings(self, which: str) -> Parameters:
-        """A sharding for each parameter: `"stored"`, `"sharded"` (as the optimizer state) or `"whole"`."""
+        """A sharding for each parameter: `"stored"`, `"sharded"` (as the optimizer state), `"whole"`, `"ordered"`.
+
+        The last is that of a gradient whose layers are in the model's order.
+        """
         ...
 
     def batch_spec(self) -> PartitionSpec:

@@ -13,12 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm._arguments import USED_UP, is_masked, is_used_up
 from shardlm._arguments import check_usable as check_arrays
-from shardlm.dims import Split
 from shardlm.models.kinds import require_params
 from shardlm.train.engine import Parameters, flatten, unflatten
-from shardlm.train.frozen import trained
 from shardlm.train.kinds import require_same_model, require_state
 from shardlm.train.program import Program
+from shardlm.train.update import Update
 
 
 @partial(
@@ -33,8 +32,8 @@ class TrainState:
     Attributes:
         step: int32 scalar, updates made so far.
         params: a nested dict of arrays, whole or, with ZeRO-3, split over the fsdp axis.
-        opt_state: Optax's state for the parameters that are trained; arrays of a parameter's shape are split as its
-            gradient is.
+        opt_state: Optax's state for the parameters that are trained; arrays of a parameter's shape are stored as it is,
+            and split as its gradient is.
         variables: what the model carries and does not train, such as running statistics: a nested dict of arrays, empty
             for a `sl.Transformer`.
         layer_rows: where a pipeline stores layers otherwise than as [num_layers, ...], which layer each row is, -1 for
@@ -91,7 +90,7 @@ def init(
     """
     params, variables = program.initialize(seed)
     params = unflatten(flatten(params) | flatten(given or {}))
-    opt_state = optimizer.init(trained(params, program.plan.splits))
+    opt_state = Update(program, optimizer).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, variables, program.layer_rows)
 
 
@@ -166,38 +165,11 @@ def abstract(program: Program, optimizer: optax.GradientTransformation) -> Train
     """The state as `jax.ShapeDtypeStruct`s with shardings; nothing is allocated."""
     plan = program.plan
 
-    def place(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(plan.mesh, spec))
-
-    shapes = jax.eval_shape(
-        lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained(params, plan.splits))),
-        plan.shapes,
-    )
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes.params,
+        plan.shapes,
         plan.shardings("stored"),
     )
-    opt_state = jax.tree_util.tree_map_with_path(
-        lambda keys, x: place(x, _optimizer_spec(keys, x.shape, plan.splits)), shapes.opt_state
-    )
-    return TrainState(place(shapes.step, PartitionSpec()), params, opt_state, program.variables, program.layer_rows)
-
-
-def _optimizer_spec(keys: tuple[Any, ...], shape: tuple[int, ...], splits: dict[str, Split]) -> PartitionSpec:
-    """Arrays that belong to a parameter (their path ends in its path) are split as its gradient, dim by dim.
-
-    An array with one dim fewer (Adafactor's factored moments) is split as the dims that are left; all else is whole.
-    """
-    names = [str(getattr(key, "key", "")) for key in keys]
-    for start in range(len(names)):
-        split = splits.get("/".join(names[start:]))
-        if split is None:
-            continue
-        spec = tuple(split.sharded) + (None,) * (len(split.shape) - len(split.sharded))
-        if shape == split.shape:
-            return split.sharded
-        for dim in range(len(split.shape)):
-            if shape == split.shape[:dim] + split.shape[dim + 1 :]:
-                return PartitionSpec(*spec[:dim], *spec[dim + 1 :])
-    return PartitionSpec()
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(plan.mesh, PartitionSpec()))
+    opt_state = Update(program, optimizer).abstract
+    return TrainState(step, params, opt_state, program.variables, program.layer_rows)

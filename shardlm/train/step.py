@@ -12,6 +12,8 @@ from shardlm.train.engine import Parameters, flatten, unflatten
 from shardlm.train.frozen import put_back, trained
 from shardlm.train.program import Program
 from shardlm.train.state import TrainState
+from shardlm.train.update import Update
+from shardlm.train.view import as_model, layers
 
 Metrics = dict[str, Array]
 """Scalars by name: loss (mean over weights), tokens or weight (sum of weights), grad_norm (before any clipping)."""
@@ -22,10 +24,9 @@ def make_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """A function (state, batch) -> (state after one update, metrics), to be compiled with the state donated.
 
-    The optimizer runs outside the manual region, on global arrays split as gradients are, so any Optax transformation
-    is right without knowing of the mesh; what its own global arithmetic needs (a norm over all leaves) the compiler
-    adds.
+    How the optimizer is run is told in `update.py`.
     """
+    rule = Update(program, optimizer)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = dropout_key(seed, state.step)
@@ -35,8 +36,8 @@ def make_step(
             splits = program.plan.splits
             before, shardings = (trained(x, splits) for x in (held, program.plan.shardings("sharded")))
             shards = jax.lax.with_sharding_constraint(before, shardings)
-            updates, opt_state = optimizer.update(grads, state.opt_state, shards)
-            after = program.stored(cast(Parameters, optax.apply_updates(shards, updates)))
+            after, opt_state = rule(grads, state.opt_state, shards, total / weight)
+            after = program.stored(cast(Parameters, after))
             params = put_back(held, after, splits)
         metrics = {"loss": total / weight, program.weight_name: weight, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, variables, state.layer_rows), metrics
@@ -45,12 +46,15 @@ def make_step(
 
 
 def make_gradients(program: Program, seed: int) -> Callable[[TrainState, Any], tuple[Array, Parameters]]:
-    """A function (state, batch) -> (mean loss, its gradients) under the step's randomness."""
+    """A function (state, batch) -> (mean loss, its gradients) under the step's randomness.
+
+    Layers are in the model's order, whatever the layout stores.
+    """
 
     def gradients(state: TrainState, batch: Any) -> tuple[Array, Parameters]:
         key = dropout_key(seed, state.step)
         found = program.gradients(state.params, state.variables, batch, key)
-        return found.total / found.weight, found.grads
+        return found.total / found.weight, as_model(found.grads, layers(program.plan.views), program.engine == "manual")
 
     return gradients
 

@@ -32,6 +32,7 @@ from shardlm.train.program import Program, require_devices, resolve
 from shardlm.train.state import TrainState
 from shardlm.train.step import Metrics, make_gradients, make_step
 from shardlm.train.transformer import TransformerProgram
+from shardlm.train.update import chosen
 
 Batch = Any
 """Of a `sl.Transformer`: arrays [batch, sequence] by name, see `Trainer.step`; `sl.data.batch(tokens)` makes one.
@@ -138,7 +139,7 @@ class Trainer(Facts):
         plan: Any = program.plan  # of our own kind, or of a module's
         self.program, self.plan, self.layout, self.mesh = program, plan, plan.layout, plan.mesh
         self.engine, self.seed = program.engine, seed_of(seed)
-        self.optimizer = require_optimizer(optimizer)
+        self.optimizer = chosen(program, require_optimizer(optimizer))
         self.abstract_state = states.abstract(program, self.optimizer)
         self.state: TrainState | None = None
 
@@ -222,8 +223,8 @@ class Trainer(Facts):
         """The mean loss and its gradients with respect to `state.params`, under the step's dropout masks; no update.
 
         Returns:
-            A scalar, and a nested dict like `state.params` of global arrays, split as the optimizer state is (over
-            fsdp at every ZeRO level).
+            A scalar, and a nested dict of global arrays like `in_order(state).params`, layers in the model's order,
+            split as the optimizer state is (over fsdp at every ZeRO level).
         """
         states.check_usable(state, self.abstract_state)
         return self._run(self._loss_and_grads, state, self.place(batch))
@@ -367,7 +368,7 @@ class Trainer(Facts):
 
     @cached_property
     def _loss_and_grads(self):
-        shardings = trained(self.plan.shardings("sharded"), self.plan.splits)
+        shardings = trained(self.plan.shardings("ordered"), self.plan.splits)
         return jax.jit(self.gradient_function, out_shardings=(None, shardings))
 
     @cached_property

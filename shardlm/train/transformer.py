@@ -88,11 +88,11 @@ class TransformerProgram:
 
     def in_order(self, tree: Any) -> Any:
         """Layers in the model's order and on every stage."""
-        return arrange.gathered(tree, self.plan.stages)
+        return arrange.gathered(tree, self.plan.stages, self.plan.splits)
 
     def arrange(self, tree: Any) -> Any:
         """The inverse of `in_order`, of NumPy arrays."""
-        return arrange.arrange(tree, self.plan.stages)
+        return arrange.arrange(tree, self.plan.stages, self.plan.splits)
 
     @property
     def title(self) -> str:
@@ -113,7 +113,7 @@ class TransformerProgram:
         stages = self.plan.stages
         _, state = nnx.split(Transformer(self.config, rngs=nnx.Rngs(seed), rows=stages.rows))
         params = nnx.to_pure_dict(state)
-        return (arrange.without_padding(params, stages) if stages.padding else params), {}
+        return (arrange.without_padding(params, stages, self.plan.splits) if stages.padding else params), {}
 
     def gradients(self, params: Parameters, variables: Variables, batch: dict[str, Array], key: Array) -> Gradients:
         """Loss and gradients; `key` is of the dropout masks."""
@@ -157,8 +157,8 @@ class TransformerProgram:
 
     def padded_rows(self, path: str, shape: tuple[int, ...]) -> int | None:
         """How many rows of a table over the vocabulary, or of an optimizer moment of it, are real."""
-        tables, padded = ("embedding/table", "head/table"), (self.config.padded_vocab_size,)
-        return self.config.vocab_size if path.endswith(tables) and shape[:1] == padded else None
+        tables, known = ("embedding/table", "head/table"), (self.config.padded_vocab_size, self.config.vocab_size)
+        return self.config.vocab_size if path.endswith(tables) and shape[:1] and shape[0] in known else None
 
     def describe(self, held: Mapping[str, int], *, parameters: bool) -> str:
         """The layout's table for this model, what ZeRO leaves whole, bytes; a line for each parameter on request."""

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from shardlm.checkpoint.keys import is_key
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.train.engine import unflatten
-from shardlm.train.frozen import trained
 from shardlm.train.state import TrainState
 from shardlm.train.trainer import Trainer
+from shardlm.train.update import Update
 from shardlm.verification.compare import leaves
 
 _LENGTH, _ROWS = 12, 8  # of a row, and of them, at least
@@ -81,15 +82,16 @@ def rounded(params: Any, share: float, seed: int) -> Any:
 
 def start(reference: Trainer, params: Any) -> TrainState:
     """The state before the first update with these parameters, on the host."""
-    opt_state = reference.optimizer.init(trained(params, reference.plan.splits))
-    return jax.tree.map(np.asarray, dataclasses.replace(reference.init(), params=params, opt_state=opt_state))
+    opt_state = jax.jit(Update(reference.program, reference.optimizer).init)(params)
+    state = dataclasses.replace(reference.init(), params=params, opt_state=opt_state)
+    return jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), state)
 
 
 def put(trainer: Trainer, state: TrainState) -> TrainState:
     """A state of the host on the trainer's devices, laid out as the trainer has it."""
     like = trainer.abstract_state
     state = dataclasses.replace(trainer.program.arrange(state), layer_rows=like.layer_rows)
-    return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), state, like)
+    return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding, may_alias=False), state, like)
 
 
 def put_params(trainer: Trainer, step: Any, params: dict[str, Any]) -> TrainState:

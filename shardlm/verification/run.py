@@ -11,6 +11,7 @@ import optax
 
 from shardlm._arguments import seed_of
 from shardlm._dtypes import full_name
+from shardlm.checkpoint.keys import as_numbers
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
 from shardlm.models.kinds import require_config
@@ -214,4 +215,5 @@ class _Sides:
         return explain.Context(self.trainer, self.reference, self.start, self.batch, self.arithmetic)
 
     def _to_host(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        results = jax.tree.map(as_numbers, results)  # of random keys
         return [self.trainer.in_order(r) if i == 1 else jax.tree.map(np.array, r) for i, r in enumerate(results)]

@@ -1,5 +1,8 @@
 """The default optimizer warms up, decays, clips, and decays no scale or bias."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 import shardlm as sl
 from shardlm.models.transformer import parameter_dims
 from shardlm.train.optimizer import decayed
+from shardlm.train.paths import flatten
 
 
 def rates(count: int, **options) -> np.ndarray:
@@ -87,6 +91,45 @@ def test_gradients_are_clipped_by_their_global_norm():
             np.testing.assert_allclose(value, 0.5 * scale * grads[name], rtol=1e-6)
 
 
+def test_the_rows_and_columns_of_a_matrix_go_by_its_name():
+    config = sl.TransformerConfig(
+        vocab_size=67, num_layers=2, d_model=16, num_heads=2, attention=sl.Attention(bias=True)
+    )
+    found = flatten(jax.tree.map(lambda dims: dims, sl.matrix_dims(config), is_leaf=lambda x: x is None))
+    expected = {"query": ((1,), (2, 3)), "key": ((1,), (2, 3)), "value": ((1,), (2, 3)), "output": ((1, 2), (3,))}
+    for name, dims in expected.items():
+        assert found[f"layers/attention/{name}/kernel"] == dims
+    for name in ("gate", "up", "down"):
+        assert found[f"layers/mlp/{name}/kernel"] == ((1,), (2,))
+    assert sum(dims is not None for dims in found.values()) == 7
+    lora = dataclasses.replace(config, lora=sl.Lora(rank=4, alpha=8.0, targets=("query", "output")))
+    found = flatten(sl.matrix_dims(lora))
+    assert found["layers/attention/query/lora_b"] == ((1,), (2, 3))
+    assert found["layers/attention/output/lora_a"] == ((1, 2), (3,))
+    assert set(found) == {f"layers/attention/{name}/lora_{x}" for name in ("query", "output") for x in "ab"}
+
+
+def test_muon_makes_each_layers_matrix_orthogonal_and_adam_does_the_rest():
+    """Of the first update only the direction is left: singular values near 0.2 sqrt(max(rows, columns)), or signs."""
+    random = np.random.default_rng(0)
+    params = {
+        "embedding": {"table": jnp.zeros((8, 6))},
+        "layers": {
+            "attention": {"output": {"kernel": jnp.zeros((2, 2, 3, 6))}, "norm": {"scale": jnp.ones((2, 6))}},
+        },
+    }
+    grads = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), params)
+    optimizer = sl.muon(0.5, steps=4, warmup=0, weight_decay=0.0, clip=None)
+    updates = jax.jit(lambda: optimizer.update(grads, optimizer.init(params), params)[0])()
+    for layer, gradient in zip(*(x["layers"]["attention"]["output"]["kernel"] for x in (updates, grads)), strict=True):
+        values = np.linalg.svd(np.asarray(layer).reshape(6, 6), compute_uv=False) / (0.5 * 0.2 * 6**0.5)
+        assert ((values > 0.5) & (values < 1.3)).all()
+        assert (layer * gradient).sum() < 0
+    for path in (("embedding", "table"), ("layers", "attention", "norm", "scale")):
+        update, gradient = (functools.reduce(lambda tree, key: tree[key], path, tree) for tree in (updates, grads))
+        np.testing.assert_allclose(update, -0.5 * np.sign(gradient), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -100,3 +143,5 @@ def test_gradients_are_clipped_by_their_global_norm():
 def test_a_number_out_of_range_is_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         sl.adamw(**options)
+    with pytest.raises(ValueError, match=message.replace("adamw", "muon")):
+        sl.muon(**options)

@@ -255,7 +255,7 @@ OPTIMIZERS = {
     "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=8, momentum=0.9),
     "sgd": optax.sgd(0.5, momentum=0.9, nesterov=True),
     "lion": optax.lion(1e-3),
-    "muon": optax.contrib.muon(1e-2),
+    "muon": sl.muon(1e-2, steps=10, warmup=0),
 }
 
 
