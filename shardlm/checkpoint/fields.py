@@ -87,6 +87,10 @@ def _is_file(text: Any) -> bool:
     return isinstance(text, str) and _FILE.fullmatch(text) is not None
 
 
+def _are_generators(value: Any) -> bool:
+    return value is None or isinstance(value, dict) and all(isinstance(name, str) for name in value.values())
+
+
 def _are_layers(value: Any) -> bool:
     """Whether it is a list of rows, or lists of as many for each chunk, in which each layer from 0 on comes once."""
     if value is None:
@@ -121,6 +125,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "step": lambda value: value is None or _is_whole(value),
     "loss": lambda value: value is None or isinstance(value, int | float) and not isinstance(value, bool),
     "layer_rows": _are_layers,
+    "keys": _are_generators,
 }
 _WANTED = {
     "saved": "a time with its zone",
@@ -131,4 +136,5 @@ _WANTED = {
     "step": "a step",
     "loss": "a number",
     "layer_rows": "which layer each row is",
+    "keys": "which generator the random keys of an array are of",
 }

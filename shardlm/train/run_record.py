@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -34,6 +34,32 @@ def describe_run(trainer: "Trainer", batches: Any, steps: int, held_out: Any) ->
         "held_out": _held_out(held_out),
         "optimizer": optimizer_of(trainer),
     }
+
+
+def is_run(value: Any) -> bool:
+    """Whether it is what `describe_run` and `Used.record` make, as far as a resumed run reads it."""
+
+    def whole(x: Any) -> bool:
+        return x is None or isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 1 << 63
+
+    def text(x: Any) -> bool:
+        return x is None or isinstance(x, str)
+
+    if not isinstance(value, Mapping):
+        return False
+    batches, optimizer, batch = (value.get(name) for name in ("batches", "optimizer", "batch"))
+    return (
+        all(whole(value.get(name)) for name in ("steps", "processes", "rows"))
+        and all(text(value.get(name)) for name in ("held_out", "last_batch"))
+        and (batches is None or isinstance(batches, Mapping) and isinstance(batches.get("kind"), str))
+        and all(whole((batches or {}).get(name)) for name in ("batch_size", "sequence", "rows", "position"))
+        and (optimizer is None or isinstance(optimizer, Mapping) and _is_list(optimizer.get("numbers"), text))
+        and (batch is None or isinstance(batch, Mapping) and all(_is_list(x, whole) and x for x in batch.values()))
+    )
+
+
+def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(of, value))
 
 
 def batches_of(batches: Any) -> dict[str, Any]:

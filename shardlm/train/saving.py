@@ -9,6 +9,7 @@ from shardlm.checkpoint.fields import finite
 from shardlm.runtime.saved import tell_saved
 from shardlm.runtime.strangers import printable
 from shardlm.train import resume
+from shardlm.train.run_record import is_run
 from shardlm.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ def _check(metadata: dict[str, Any], where: str) -> None:
     wrong = [name for name, kind in kinds.items() if name in metadata and not isinstance(metadata[name], kind)]
     if "tokens" in metadata and not (finite(metadata["tokens"]) and metadata["tokens"] >= 0):
         wrong.append("tokens")
+    if metadata.get("run") and not is_run(metadata["run"]):
+        wrong.append("run")
     if wrong:
         told = ", ".join(f"{name}={printable(repr(metadata[name]), 60)}" for name in wrong)
         raise ValueError(f"the checkpoint of {where} was not saved by fit: its metadata has {told}")
