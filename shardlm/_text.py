@@ -48,7 +48,7 @@ def width(stream: Any = None) -> int | None:
 
 
 def fold(text: str, room: int | None = None, hang: int | None = None) -> str:
-    """Text whose lines are cut between words where they are longer than `room`; no word, nor a number from its unit.
+    """Text whose lines are cut between words where they are longer than `room`; no word is cut, nor a number off its unit.
 
     Args:
         text: of any number of lines, whose own indents stay.
