@@ -48,11 +48,11 @@ def width(stream: Any = None) -> int | None:
 
 
 def fold(text: str, room: int | None = None, hang: int | None = None) -> str:
-    """Text whose lines are cut between words where they are longer than `room`; no word is cut, nor a number off its unit.
+    """Text with its long lines cut between words; no word is cut, and no number is cut from its unit.
 
     Args:
         text: of any number of lines, whose own indents stay.
-        room: columns; None is the terminal's, and without one the text comes back as it is.
+        room: columns of a line; None is the terminal's, and without one the text comes back as it is.
         hang: how far the rest of a cut line is indented; None is two columns more than the line, or than what stands
             behind its "- ".
     """
