@@ -266,9 +266,10 @@ def _show_sample(
     say(
         f"\nsample at temperature {options.temperature:g}, {len(ids)} tokens in {took:.1f} s, after {options.prompt!r}:"
     )
-    say("-" * 80)
+    line = "-" * min(80, width() or 80)
+    say(line)
     say(options.prompt + tokenizer.decode(ids))
-    say("-" * 80)
+    say(line)
 
 
 def _versions() -> str:

@@ -1,12 +1,14 @@
 """Text for people: numbers of bytes, the terminal's width, lines folded at words, and tables that fit."""
 
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 NEXT = 0.9995  # of a unit: from here on three digits round up to 1 of it
+_UNIT = re.compile(r"(?<=\d) (?=(?:[kMGTPE]?(?:B|FLOP)|[mun]?s)\b)")  # the space between a number and its unit
 _NARROWEST = 20  # columns; below it nothing is folded any more
 
 
@@ -46,11 +48,11 @@ def width(stream: Any = None) -> int | None:
 
 
 def fold(text: str, room: int | None = None, hang: int | None = None) -> str:
-    """Text whose lines are cut between words where they are longer than `room`; no word is ever cut.
+    """Text with its long lines cut between words; no word is cut, and no number is cut from its unit.
 
     Args:
         text: of any number of lines, whose own indents stay.
-        room: columns; None is the terminal's, and without one the text comes back as it is.
+        room: columns of a line; None is the terminal's, and without one the text comes back as it is.
         hang: how far the rest of a cut line is indented; None is two columns more than the line, or than what stands
             behind its "- ".
     """
@@ -62,7 +64,7 @@ def fold(text: str, room: int | None = None, hang: int | None = None) -> str:
         if len(line) <= room:
             lines.append(line)
             continue
-        body = line.lstrip()
+        body = _UNIT.sub("\u00a0", line.lstrip())
         indent = len(line) - len(body)
         lead = body[: len(body) - len(body.removeprefix("- "))]
         further = indent + (len(lead) or 2) if hang is None else hang
@@ -70,7 +72,7 @@ def fold(text: str, room: int | None = None, hang: int | None = None) -> str:
             body, room, initial_indent=" " * indent, subsequent_indent=" " * min(further, room // 2),
             break_long_words=False, break_on_hyphens=False, replace_whitespace=False,
         )  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\u00a0", " ")
 
 
 def table(

@@ -34,7 +34,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MADE_WITH = {"python": f"{sys.version_info[0]}.{sys.version_info[1]}", "jax": jax.__version__}
 AGAIN = "make the stored outputs again with `python -m tests.notebooks --write`"
 SECONDS_PER_CELL = 240
-FOLDER = "/home/you"  # what outputs call the folder that a notebook ran in
+FOLDER = "/home/you"  # what outputs call the folder that a notebook ran in, and those that it made for a while
 
 RELATIVE, ROUNDING = 0.02, 5e-4  # how far numbers may be apart
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
@@ -66,10 +66,11 @@ def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
     env = os.environ | {"PYTHONPATH": path, "IPYTHONDIR": str(folder / ".ipython"), "XLA_FLAGS": xla.flags()}
     env.pop("COLUMNS", None)  # outputs are as wide as ever
     client.execute(env=env, cleanup_kc=True)
+    temporary = re.escape(tempfile.gettempdir()) + r"/tmp[a-z0-9_]{8}"  # of the notebook's own, a new name each time
     for output in _outputs(notebook):
         for at, name in ((output, "text"), *((output.get("data", {}), kind) for kind in output.get("data", {}))):
             if isinstance(at.get(name), str):
-                at[name] = at[name].replace(str(folder), FOLDER)
+                at[name] = re.sub(temporary, FOLDER, at[name].replace(str(folder), FOLDER))
 
 
 def _outputs(notebook: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNode]:
@@ -78,9 +79,9 @@ def _outputs(notebook: nbformat.NotebookNode) -> Iterator[nbformat.NotebookNode]
 
 
 def unexecuted(notebook: nbformat.NotebookNode) -> list[str]:
-    """Cells that were not run in order from top to bottom, or ended in an error."""
+    """Cells that were not run in order from top to bottom, or ended in an error; and outputs of unknown versions."""
     cells = [(i, cell) for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
-    found = []
+    found = [] if "made_with" in notebook.metadata else ["its metadata do not say with what its outputs were made"]
     for expected, (i, cell) in enumerate(cells, 1):
         if cell.execution_count != expected:
             found.append(f"cell {i} has execution count {cell.execution_count}, and is the {expected}. that runs")

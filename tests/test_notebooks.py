@@ -46,12 +46,14 @@ def test_a_cell_that_fails_is_reported(tmp_path):
 
 def test_the_kernel_is_this_interpreter_and_images_are_found(tmp_path):
     draw = "%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])"
-    where = "import os, sys\nprint(sys.executable, os.getcwd(), end='')"
+    where = "import os, sys, tempfile\nprint(sys.executable, os.getcwd(), tempfile.mkdtemp(), end='')"
     notebook = notebook_of(where, draw)
     assert images(notebook) == []
     run(notebook, tmp_path)
-    assert notebook.cells[0].outputs[0].text == f"{sys.executable} /home/you"
+    assert notebook.cells[0].outputs[0].text == f"{sys.executable} /home/you /home/you"
     assert images(notebook) == ["image/png"]
+    assert unexecuted(notebook) == ["its metadata do not say with what its outputs were made"]
+    notebook.metadata["made_with"] = MADE_WITH
     assert unexecuted(notebook) == [] and stale(notebook, copy.deepcopy(notebook)) == []
 
 

@@ -57,6 +57,14 @@ def test_lines_are_cut_between_words_and_hang(room):
     assert text.fold(long, 200) == long
 
 
+def test_a_number_stays_with_its_unit():
+    line = "it takes 96.4 GB on the host, 1.08 PFLOP and 21.3 us, for 4 students"
+    for room in range(8, len(line)):
+        folded = text.fold(line, room)
+        assert "96.4 GB" in folded and "1.08 PFLOP" in folded and "21.3 us" in folded
+        assert words(folded) == words(line) and "\u00a0" not in folded
+
+
 @pytest.mark.parametrize(("columns", "found"), [("80", 80), ("7", 20), ("0", None), ("wide", None), ("", None)])
 def test_the_variable_columns_comes_first_and_a_pipe_has_no_width(monkeypatch, columns, found):
     monkeypatch.setenv("COLUMNS", columns)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from shardlm._text import width
 from shardlm.data import ByteTokenizer
 from shardlm.generate.api import generate
 from shardlm.hub.convert import add_ignore_fields
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     if len(prompts) > 1 or options.num_beams > 1:
         result = generate(config, params, prompts, layout, **settings)
         for prompt, text in zip(options.prompt, result.texts, strict=True):
-            print(f"{prompt}{text}\n{'-' * 80}")
+            print(f"{prompt}{text}\n{'-' * min(80, width() or 80)}")
         print(result, file=sys.stderr)
         return 0
     print(options.prompt[0], end="", flush=True)

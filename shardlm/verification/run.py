@@ -134,8 +134,8 @@ def _verify(
         if not isinstance(config, TransformerConfig):
             raise ValueError("verify: a module that is not ours needs batch=, as what it reads is not known")
         batch = inputs.random_batch(config, trainer.layout, seed)
+    trainer.place(batch)  # raises what is wrong with it, or with the devices
     needs.check(trainer, trainer.on_one_device())
-    trainer.place(batch)  # raises what is wrong with it
     batch = jax.tree.map(np.asarray, batch)
     side = _Sides(trainer, batch, seed, tolerance)
     differences: list[Difference] = []
