@@ -152,8 +152,8 @@ if INSTALLED:
         (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in record_harness.TEXTS[1:]))
         task = {
             "task": "lines", "dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "lines.jsonl")},
-            "test_split": "train", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-            "metric_list": [{"metric": "byte_perplexity"}],
+            "test_split": "train", "output_type": "loglikelihood_rolling", "doc_to_text": "",
+            "doc_to_target": "{{text}}", "metric_list": [{"metric": "byte_perplexity"}],
         }  # fmt: skip
         model = harness.HarnessModel(str(tmp_path / "a"))
         results = lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0)["results"]
