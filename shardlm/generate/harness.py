@@ -27,7 +27,13 @@ _DEFAULT_LENGTH = 2048  # of HFLM, where nothing says how many tokens the model 
 _UNSET = 10**20  # tokenizers write 1e30 for no limit
 _LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 # What transformers takes where config.json does not say.
-_FAMILY_LENGTHS = {"gemma": 8192, "gemma2": 8192, "gemma3_text": 131072, "gpt2": 1024, "mistral": 131072} | {
+_FAMILY_LENGTHS = {
+    "gemma": 8192,
+    "gemma2": 8192,
+    "gemma3_text": 131072,
+    "gpt2": 1024,
+    "llama": 2048,
+    "mistral": 131072,
     "qwen2": 32768,
     "qwen3": 32768,
 }
