@@ -5,6 +5,7 @@ Where lm_eval, torch and transformers are installed they are asked anew; elsewhe
 
 import importlib.util
 import json
+import sys
 import types
 
 import numpy as np
@@ -120,8 +121,10 @@ def test_what_makes_no_model_is_an_error(tmp_path):
         Bare(tmp_path / "a")
 
 
-@pytest.mark.skipif(INSTALLED, reason="the harness is installed")
-def test_without_the_harness_the_error_says_how_to_install_it():
+def test_without_the_harness_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    harness._harness_model.cache_clear()
     with pytest.raises(ImportError, match=r"pip install -e '\.\[eval\]'"):
         harness.HarnessModel  # noqa: B018  made when it is asked for
 
