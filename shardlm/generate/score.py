@@ -140,13 +140,13 @@ def loglikelihood_rolling(
     as many as fit, as the harness does it. A text of no tokens has 0. Arguments as of `perplexity` and `loglikelihood`:
     the id with which the tokenizer begins a text is one of its tokens, and judged after `prefix`, as in the harness.
     """
-    prefix = _prefix(prefix, tokenizer, config)
+    texts, prefix = _listed("texts", texts), _prefix(prefix, tokenizer, config)
     if prefix is None:
         raise ValueError(
             "rolling log-likelihood judges the first token too: give prefix=, the id that text begins with"
         )
     window = _window(config, window)
-    found = [_ids(f"text {i}", text, tokenizer, special, prefix) for i, text in enumerate(_listed("texts", texts))]
+    found = [_ids(f"text {i}", text, tokenizer, special, prefix) for i, text in enumerate(texts)]
     rows = [np.concatenate([[prefix], ids]) for ids in found if len(ids)]
     spans = [cut(len(ids), window, window) for ids in rows]
     judged = iter(judge(config, params, rows, spans, layout, batch_size, chunk, devices))
