@@ -18,7 +18,7 @@ from typing import Any
 
 from shardlm.generate import score
 from shardlm.generate.chat import apply_template, chat_template
-from shardlm.generate.encode import prefix_token
+from shardlm.generate.encode import begin_token, decode, encode, prefix_token
 from shardlm.hub.files import folder_of, read_config, read_json
 from shardlm.hub.load import load_hf
 from shardlm.layout import Layout
@@ -27,7 +27,13 @@ _DEFAULT_LENGTH = 2048  # of HFLM, where nothing says how many tokens the model 
 _UNSET = 10**20  # tokenizers write 1e30 for no limit
 _LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 # What transformers takes where config.json does not say.
-_FAMILY_LENGTHS = {"gemma": 8192, "gemma2": 8192, "gemma3_text": 131072, "gpt2": 1024, "mistral": 131072} | {
+_FAMILY_LENGTHS = {
+    "gemma": 8192,
+    "gemma2": 8192,
+    "gemma3_text": 131072,
+    "gpt2": 1024,
+    "llama": 2048,
+    "mistral": 131072,
     "qwen2": 32768,
     "qwen3": 32768,
 }
@@ -79,7 +85,8 @@ def _harness_model() -> type:
             max_length: the most tokens of context and continuation; default what the folder says, or 2048. Longer
                 contexts lose their front, as in the harness.
             max_gen_toks: tokens to make for requests that do not say.
-            add_bos_token: whether texts get what the tokenizer puts around them; None: unless they begin with it.
+            add_bos_token: True puts the id that begins a text in front of texts, in place of what the tokenizer puts
+                around them; False nothing; None what the tokenizer does. Texts that begin with it get nothing.
             prefix_token_id: stands for an empty context; default the id that begins a text, or else ends one.
             chat_template_args: for the chat template, such as {"enable_thinking": False}.
 
@@ -147,8 +154,9 @@ class _Requests:
         self.max_gen_toks, self.chat_template_args = max_gen_toks, dict(chat_template_args or {})
         self.prefix_token_id = prefix_token(tokenizer) if prefix_token_id is None else prefix_token_id
         self._name = str(pretrained or type(tokenizer).__name__)
-        self._special = add_bos_token
-        self._where = {"layout": layout, "tokenizer": tokenizer, "devices": devices, "batch_size": _rows(batch_size)}
+        self._special = False if add_bos_token is False else None
+        asked = _Beginning(tokenizer) if add_bos_token else tokenizer
+        self._where = {"layout": layout, "tokenizer": asked, "devices": devices, "batch_size": _rows(batch_size)}
         self._chunk = chunk
 
     @property
@@ -216,6 +224,25 @@ class _Requests:
     def _remember(self, kind: str, asked: Sequence[Any], answers: Sequence[Any]) -> None:
         for arguments, answer in zip(asked, answers, strict=True):
             self.cache_hook.add_partial(kind, arguments, answer)
+
+
+class _Beginning:
+    """A tokenizer that puts its id for that in front of a text, whatever its file says, and nothing after it."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer, self._begin = tokenizer, begin_token(tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """The ids of a text."""
+        front = [self._begin] if special and self._begin is not None else []
+        return front + encode(self._tokenizer, text).tolist()
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of ids."""
+        return decode(self._tokenizer, ids, special)
 
 
 def _template_of(tokenizer: Any, name: bool | str) -> str:

@@ -59,7 +59,7 @@ class Sampling:
             "repetition_penalty": (
                 self.repetition_penalty,
                 lambda x: SMALLEST <= x < math.inf,
-                f"a finite number from {SMALLEST}, or None",
+                f"above 0, a finite number from {SMALLEST}, or None",
             ),
         }
         problems = [

@@ -143,13 +143,13 @@ def loglikelihood_rolling(
     the id with which the tokenizer begins a text is one of its tokens, and judged after `prefix`, as in the harness.
     """
     require_config(config)
-    prefix = _prefix(prefix, tokenizer, config)
+    texts, prefix = _listed("texts", texts), _prefix(prefix, tokenizer, config)
     if prefix is None:
         raise ValueError(
             "rolling log-likelihood judges the first token too: give prefix=, the id that text begins with"
         )
     window = _window(config, window)
-    found = [_ids(f"text {i}", text, tokenizer, special, prefix) for i, text in enumerate(_listed("texts", texts))]
+    found = [_ids(f"text {i}", text, tokenizer, special, prefix) for i, text in enumerate(texts)]
     rows = [np.concatenate([[prefix], ids]) for ids in found if len(ids)]
     spans = [cut(len(ids), window, window) for ids in rows]
     judged = iter(judge(config, params, rows, spans, layout, batch_size, chunk, devices))

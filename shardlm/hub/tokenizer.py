@@ -72,6 +72,9 @@ class HubTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"not the JSON definition of a tokenizer: {error}") from error
+        # What the file was made with last is no part of a text's ids: transformers switches it off too.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self.definition, self.settings, self.files = definition, dict(settings or {}), dict(files or {})
         self.begin, self.ends = begin, tuple(ends)
         self.end = self.ends[0] if self.ends else None

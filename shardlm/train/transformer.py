@@ -26,7 +26,7 @@ from shardlm.train.metrics import model_flops_per_token
 from shardlm.train.program import Gradients, Variables, Work, mesh_on
 
 # What a resumed run may change of its model: how it is computed, and what holds for training or its beginning alone.
-_MAY_CHANGE = ("dtype", "attention/implementation", "dropout", "init_std")
+_MAY_CHANGE = ("dtype", "attention/implementation", "dropout", "init_std", "lora/base")
 
 
 @dataclass(frozen=True)

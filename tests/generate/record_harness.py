@@ -99,12 +99,16 @@ def ask(model: Any, instance: Any) -> dict[str, Any]:
 
 
 def harness(name: str, folder: Path) -> dict[str, Any]:
-    """What HFLM answers, one request at a time, as others of its batch change what it makes after a stop string."""
+    """What HFLM answers, one request at a time, as others of its batch change what it makes after a stop string.
+
+    Without its cache of logits: of two requests that are equal but for where the continuation begins, lm_eval 0.4.13
+    gives the shorter continuation the log-probabilities of other positions.
+    """
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     arguments = make(name, folder)
-    model = HFLM(str(folder), device="cpu", dtype="float32", batch_size=1, **arguments)
+    model = HFLM(str(folder), device="cpu", dtype="float32", batch_size=1, logits_cache=False, **arguments)
     answers = ask(model, Instance)
     if "chat_template" in CASES[name][1]:
         answers["chat"] = [model.apply_chat_template(CHAT, prompt) for prompt in (True, False)]

@@ -5,6 +5,7 @@ Where lm_eval, torch and transformers are installed they are asked anew; elsewhe
 
 import importlib.util
 import json
+import sys
 import types
 
 import numpy as np
@@ -52,9 +53,14 @@ def check(found, expected):
 def test_answers_are_those_of_the_harness(name, tmp_path):
     model = model_of(name, tmp_path / "a")
     check(record_harness.ask(model, instance), ANSWERS[name])
-    if "chat" in ANSWERS[name]:
+
+
+if importlib.util.find_spec("jinja2"):
+
+    def test_a_chat_is_the_text_of_the_harness(tmp_path):
+        model = model_of("begins", tmp_path / "a")
         chats = [model.apply_chat_template(record_harness.CHAT, prompt) for prompt in (True, False)]
-        assert chats == ANSWERS[name]["chat"]
+        assert chats == ANSWERS["begins"]["chat"]
         assert model.chat_template(True) == record_harness.TEMPLATE and model.chat_template(False) is None
 
 
@@ -120,8 +126,10 @@ def test_what_makes_no_model_is_an_error(tmp_path):
         Bare(tmp_path / "a")
 
 
-@pytest.mark.skipif(INSTALLED, reason="the harness is installed")
-def test_without_the_harness_the_error_says_how_to_install_it():
+def test_without_the_harness_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    harness._harness_model.cache_clear()
     with pytest.raises(ImportError, match=r"pip install -e '\.\[eval\]'"):
         harness.HarnessModel  # noqa: B018  made when it is asked for
 
@@ -153,8 +161,7 @@ if INSTALLED:
         task = {
             "task": "lines", "dataset_path": "json", "dataset_kwargs": {"data_files": str(tmp_path / "lines.jsonl")},
             "test_split": "train", "output_type": "loglikelihood_rolling", "doc_to_text": "",
-            "doc_to_target": "{{text}}",
-            "metric_list": [{"metric": "byte_perplexity"}],
+            "doc_to_target": "{{text}}", "metric_list": [{"metric": "byte_perplexity"}],
         }  # fmt: skip
         model = harness.HarnessModel(str(tmp_path / "a"))
         results = lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0)["results"]

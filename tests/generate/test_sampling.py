@@ -136,6 +136,9 @@ def test_temperature_zero_takes_the_likeliest():
     ("settings", "message"),
     [
         ({"temperature": -0.1}, "temperature=-0.1 is not 0 or a finite number above it"),
+        ({"temperature": 1e-300}, "temperature=1e-300 is not 0 or a finite number above it, from 1e-06"),
+        ({"temperature": True}, "temperature=True is not 0 or a finite number"),
+        ({"temperature": 1.0, "top_k": 2**40}, "top_k=.* is not a whole number of at least 1 and below"),
         ({"temperature": float("nan")}, "temperature=nan is not 0"),
         ({"temperature": None}, "temperature=None is not a number"),
         ({"temperature": 1, "top_p": 0.0}, "top_p=0.0 is not above 0 and at most 1"),

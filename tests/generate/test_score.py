@@ -158,11 +158,26 @@ def test_spans_judge_every_token_but_the_first_once():
         ("perplexity", [[1, 2]], {"window": 25, "config": LEARNED}, "window=25 is not a whole number from 1 to 24"),
         ("perplexity", [[1, 2]], {"chunk": 0}, "chunk=0 is not a whole number from 1"),
         ("choose", [([1], [])], {}, "question 0 has no choices"),
+        ("loglikelihood", [([1], [2])], {"batch_size": 10**12}, "1,000,000,000,000 rows of up to 128 tokens need"),
+        ("loglikelihood", ["ab"], {}, r"pair 0 is 'ab'; it is \(context, continuation\)"),
+        ("loglikelihood", [([1], [2])], {"prefix": True}, "prefix=True is no id of the model, which has 0 to 66"),
+        ("loglikelihood", [([1], [2])], {"max_length": 0}, "max_length=0 is not a whole number from 1, or None"),
+        ("loglikelihood_rolling", [[[1, 2]]], {"prefix": 1}, r"text 0 has shape \[1, 2\]; it is a string, or one row"),
     ],
 )
 def test_what_cannot_be_scored_is_an_error(function, argument, options, message):
     with pytest.raises(ValueError, match=message):
         call(getattr(sl.score, function), argument, **options)
+
+
+@pytest.mark.parametrize("function", ["loglikelihood", "loglikelihood_rolling", "perplexity", "choose"])
+def test_one_text_is_no_list_of_texts(function):
+    with pytest.raises(TypeError, match="is a str; it is a list, of one entry too"):
+        call(getattr(sl.score, function), "text")
+
+
+def test_a_text_of_no_tokens_has_log_probability_zero():
+    assert call(sl.score.loglikelihood_rolling, [[]], prefix=1) == [0.0]
 
 
 def test_a_context_that_is_too_long_is_cut_in_front_when_asked():

@@ -49,6 +49,16 @@ def test_texts_become_ids_and_ids_texts(folder):
     assert tokenizer.vocab_size == 6
 
 
+def test_texts_are_neither_cut_nor_filled_up(folder):
+    made = make()
+    made.enable_truncation(2)
+    made.enable_padding(length=5)
+    made.save(str(folder / "tokenizer.json"))
+    *_, tokenizer = load(folder)
+    assert tokenizer.encode("to be or not").tolist() == [2, 3, 4, 5]
+    assert tokenizer.encode("to").tolist() == [2]
+
+
 def test_which_ids_begin_and_end_a_text(folder):
     read = lambda: read_tokenizer(folder, json.loads((folder / "config.json").read_text()))  # noqa: E731
     assert (read().begin, read().end, read().ends) == (1, 2, (2,))  # config.json
