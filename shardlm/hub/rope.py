@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 from shardlm.hub.fields import Fields
-from shardlm.hub.kinds import NUMBER, OBJECT, SIZE, TEXTS
+from shardlm.hub.kinds import MOST, NUMBER, OBJECT, SIZE, TEXTS
 from shardlm.models.config import LinearScaling, Llama3Scaling, Rope, TransformerConfig
 from shardlm.runtime.strangers import printable
 
@@ -85,14 +85,28 @@ def write_two_ropes(rope: Rope, local: Rope) -> dict[str, Any]:
 
 def trained_length(rope: Rope) -> int | None:
     """The length of context, in tokens, that the scaling was made for; None where it does not say."""
-    scaling = rope.scaling
-    return int(scaling.factor * scaling.original_length) if isinstance(scaling, Llama3Scaling) else None
+    if not isinstance(rope.scaling, Llama3Scaling):
+        return None
+    length = rope.scaling.factor * rope.scaling.original_length
+    return int(length) if length <= MOST else None
 
 
 def read_layer_types(
-    fields: Fields, window: int | None, default: tuple[str, ...], layers: int | None
+    fields: Fields,
+    window: int | None,
+    default: tuple[str, ...],
+    layers: int | None,
+    switch: str = "sliding_window",
 ) -> tuple[int | None, ...]:
-    """The pattern of windows that `layer_types` says, or else `default`, a type for each layer."""
+    """The pattern of windows that `layer_types` says, or else `default`, a type for each layer.
+
+    Args:
+        fields: of the file.
+        window: of the layers that have one, None where the file has switched windows off.
+        default: where the file has no `layer_types`.
+        layers: how many there are, None where the file does not say.
+        switch: the field that switched them off.
+    """
     types = fields.take("layer_types", TEXTS, None, null=True)
     types = default if types is None else tuple(types)
     if unknown := sorted(set(types) - {FULL, SLIDING}):
@@ -104,7 +118,7 @@ def read_layer_types(
         fields.refuse("layer_types", f"{len(types)} types of {layers} layers")
         return (None,)
     if SLIDING in types and window is None:
-        fields.refuse("sliding_window", f"the layers of type {SLIDING} need it")
+        fields.refuse(switch, f"the layers of type {SLIDING} need it")
         return (None,)
     return shortest(tuple(window if kind == SLIDING else None for kind in types))
 
