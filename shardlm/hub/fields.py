@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardlm.hub.harmless import HARMLESS, NOTHING_AT, is_nothing
-from shardlm.hub.kinds import Kind
+from shardlm.hub.kinds import ANY, Kind
 from shardlm.runtime.strangers import printable
 
 REQUIRED = object()  # the default of a field that must be there
@@ -21,11 +21,14 @@ ACTIVATIONS = {
 
 
 class Fields:
-    """The fields of one config.json, of which every one is to be read.
+    """The fields of one config.json, or of another such file, of which every one is to be read.
 
     Args:
         values: what the file holds.
         where: what errors call it.
+        harmless: names of fields that change nothing.
+        nothing_at: fields that change nothing at these values, and what they mean at others.
+        what: what of ours has no such thing, in errors.
         ignore: names of fields that are left out, as if the file did not have them.
 
     Attributes:
@@ -33,20 +36,29 @@ class Fields:
         problems: what was found wrong so far; `finish` raises it all at once.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str, ignore: Collection[str] = ()):
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        where: str,
+        harmless: Collection[str] = HARMLESS,
+        nothing_at: Mapping[str, Any] = NOTHING_AT,
+        what: str = "shardlm's Transformer has",
+        ignore: Collection[str] = (),
+    ):
+        self._harmless, self._nothing_at, self._what = harmless, nothing_at, what
         self.values, self.where = {name: value for name, value in values.items() if name not in ignore}, where
         self.problems: list[str] = []
         self._read: set[str] = set()
         if absent := sorted(map(str, set(ignore) - set(values))):
             self.problems.append(f"ignore_fields names {', '.join(absent)}, which the file does not have")
 
-    def take(self, name: str, kind: Kind, default: Any = REQUIRED, *, null: bool = False) -> Any:
+    def take(self, name: str, default: Any = REQUIRED, kind: Kind = ANY, *, null: bool = False) -> Any:
         """The value of a field, which must be of a kind.
 
         Args:
             name: of the field.
-            kind: of its value.
             default: where the file does not have it; without one it must be there.
+            kind: of its value.
             null: whether it may be null, which then is None.
 
         Returns:
@@ -70,12 +82,11 @@ class Fields:
 
     def finish(self) -> None:
         """Raise ValueError for all that was found wrong, and for every field that nobody read."""
-        for name in NOTHING_AT:
-            if name in self.values and name not in self._read and not is_nothing(name, self.values[name]):
-                legal, meaning = NOTHING_AT[name]
+        for name, (legal, meaning) in self._nothing_at.items():
+            if name in self.values and name not in self._read and not is_nothing(self.values[name], legal):
                 may_be = "" if callable(legal) else f"; it may be {_listed(legal)}"
-                self.refuse(name, f"{meaning}, which shardlm's Transformer has not{may_be}")
-        unread = set(self.values) - self._read - set(HARMLESS) - set(NOTHING_AT)
+                self.refuse(name, f"{meaning}, which {self._what} not{may_be}")
+        unread = set(self.values) - self._read - set(self._harmless) - set(self._nothing_at)
         unknown = sorted(name for name in unread if self.values[name] is not None)  # null says nothing
         for name in unknown:
             self.refuse(name, "shardlm does not know this field, which may change what the model computes")
@@ -127,8 +138,8 @@ def read_fields(table: tuple[Field, ...], fields: Fields) -> dict[str, Any]:
     for field in table:
         null, default = field.null or field.default is None, field.default
         if field.alias is not None and field.alias in fields.values:
-            default = fields.take(field.alias, field.kind, field.default, null=null)
-        value = fields.take(field.name, field.kind, default, null=null)
+            default = fields.take(field.alias, field.default, field.kind, null=null)
+        value = fields.take(field.name, default, field.kind, null=null)
         if field.alias is not None and field.alias in fields.values and value != default:
             fields.refuse(field.alias, f"{field.name}={value!r} says something else")
         ours |= dict.fromkeys(field.all_ours, None if value is None else field.read(value))

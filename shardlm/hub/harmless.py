@@ -99,9 +99,8 @@ NOTHING_AT: Mapping[str, tuple[tuple[Any, ...] | Callable[[Any], bool], str]] = 
 }
 
 
-def is_nothing(name: str, value: Any) -> bool:
-    """Whether a field of `NOTHING_AT` changes nothing at this value."""
-    legal = NOTHING_AT[name][0]
+def is_nothing(value: Any, legal: tuple[Any, ...] | Callable[[Any], bool]) -> bool:
+    """Whether a field changes nothing at this value; `legal` as in `NOTHING_AT`."""
     if callable(legal):
         return legal(value)
     # True is not 1 here, though Python says they are equal.

@@ -47,3 +47,4 @@ TEXTS = Kind(
     "it is a list of texts", lambda value: isinstance(value, list) and all(isinstance(entry, str) for entry in value)
 )
 OBJECT = Kind("it is an object of names and values", lambda value: isinstance(value, dict))
+ANY = Kind("", lambda value: True)

@@ -25,8 +25,8 @@ _LLAMA3 = {
 
 def read_rope(fields: Fields, theta: float = 10_000.0) -> Rope | None:
     """The rotary positions of all layers; `theta` is the base where the file names none. None: a problem was noted."""
-    new, old = (fields.take(name, OBJECT, None, null=True) for name in ("rope_parameters", "rope_scaling"))
-    given = fields.take("rope_theta", NUMBER, None)
+    new, old = (fields.take(name, None, OBJECT, null=True) for name in ("rope_parameters", "rope_scaling"))
+    given = fields.take("rope_theta", None, NUMBER)
     if new and {FULL, SLIDING} & set(new):
         fields.refuse("rope_parameters", "layers of two kinds, which shardlm knows of Gemma 3 alone")
         return None
@@ -35,8 +35,8 @@ def read_rope(fields: Fields, theta: float = 10_000.0) -> Rope | None:
 
 def read_two_ropes(fields: Fields, theta: float, local_theta: float) -> tuple[Rope | None, Rope | None]:
     """The rotary positions of layers without a window, and with one."""
-    new, old = (fields.take(name, OBJECT, None, null=True) for name in ("rope_parameters", "rope_scaling"))
-    given, given_local = (fields.take(name, NUMBER, None) for name in ("rope_theta", "rope_local_base_freq"))
+    new, old = (fields.take(name, None, OBJECT, null=True) for name in ("rope_parameters", "rope_scaling"))
+    given, given_local = (fields.take(name, None, NUMBER) for name in ("rope_theta", "rope_local_base_freq"))
     new = new or {}
     if unknown := sorted(set(new) - {FULL, SLIDING}):
         named = printable(", ".join(unknown))
@@ -107,7 +107,7 @@ def read_layer_types(
         layers: how many there are, None where the file does not say.
         switch: the field that switched them off.
     """
-    types = fields.take("layer_types", TEXTS, None, null=True)
+    types = fields.take("layer_types", None, TEXTS, null=True)
     types = default if types is None else tuple(types)
     if unknown := sorted(set(types) - {FULL, SLIDING}):
         fields.refuse("layer_types", f"shardlm knows {FULL} and {SLIDING}, not {printable(', '.join(unknown))}")
