@@ -100,6 +100,8 @@ def _load(options: argparse.Namespace, layout: Layout | None) -> tuple[Transform
         if tokenizer is None:
             raise ValueError(f"{folder} has no tokenizer: call sl.generate in Python, with token ids")
         return config, params, tokenizer, options.prompt
+    if options.ignore_fields:
+        raise ValueError(f"--ignore-fields is of a Hugging Face folder, and {folder} has no config.json")
     step = checkpoint_of(folder)
     if step is None:
         raise ValueError(f"{folder} holds no model: no config.json of Hugging Face, and no checkpoint of shardlm")

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardlm.hub.fields import Field, Fields, read_fields
-from shardlm.hub.kinds import TEXTS, Kind
+from shardlm.hub.kinds import TEXTS
 from shardlm.hub.table import Row
 from shardlm.models.config import MLP, Attention, Norm, Rope, TransformerConfig
 
-_ANY = Kind("", lambda value: True)
 _PARTS = {"attention": Attention, "mlp": MLP, "norm": Norm}
 
 
@@ -58,13 +57,13 @@ class Family:
         Raises:
             ValueError: it describes something that a `TransformerConfig` cannot, or says something unknown.
         """
-        fields = Fields(values, where, ignore)
-        stated = fields.take("architectures", TEXTS, [], null=True) or []
+        fields = Fields(values, where, ignore=ignore)
+        stated = fields.take("architectures", [], TEXTS, null=True) or []
         if not set(stated) <= set(self.architectures):
             fields.refuse("architectures", f"a {self.model_type} here is one of {', '.join(self.architectures)}")
         ours = dict(self.fixed) | read_fields(self.fields, fields)
         for name, legal in self.must.items():
-            if fields.take(name, _ANY, legal[0]) not in legal:
+            if fields.take(name, legal[0]) not in legal:
                 fields.refuse(name, f"a {self.model_type} here has {' or '.join(map(repr, legal))}")
         ours |= self.read(fields, ours)
         fields.finish()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardlm.hub.harmless import HARMLESS, NOTHING_AT, is_nothing
-from shardlm.hub.kinds import Kind
+from shardlm.hub.kinds import ANY, Kind
 from shardlm.runtime.strangers import printable
 
 REQUIRED = object()  # the default of a field that must be there
@@ -26,6 +26,9 @@ class Fields:
     Args:
         values: what the file holds.
         where: what errors call it.
+        harmless: names of fields that change nothing.
+        nothing_at: fields that change nothing at these values, and what they mean at others.
+        what: what of ours has no such thing, in errors.
         ignore: names of fields that are left out, as if the file did not have them.
         harmless: names of fields that change nothing.
         nothing_at: fields that change nothing at these values, and what they mean at others.
@@ -53,13 +56,13 @@ class Fields:
         if absent := sorted(map(str, set(ignore) - set(values))):
             self.problems.append(f"ignore_fields names {', '.join(absent)}, which the file does not have")
 
-    def take(self, name: str, kind: Kind, default: Any = REQUIRED, *, null: bool = False) -> Any:
+    def take(self, name: str, default: Any = REQUIRED, kind: Kind = ANY, *, null: bool = False) -> Any:
         """The value of a field, which must be of a kind.
 
         Args:
             name: of the field.
-            kind: of its value.
             default: where the file does not have it; without one it must be there.
+            kind: of its value.
             null: whether it may be null, which then is None.
 
         Returns:
@@ -84,7 +87,7 @@ class Fields:
     def finish(self) -> None:
         """Raise ValueError for all that was found wrong, and for every field that nobody read."""
         for name, (legal, meaning) in self._nothing_at.items():
-            if name in self.values and name not in self._read and not is_nothing(legal, self.values[name]):
+            if name in self.values and name not in self._read and not is_nothing(self.values[name], legal):
                 may_be = "" if callable(legal) else f"; it may be {_listed(legal)}"
                 self.refuse(name, f"{meaning}, which {self._what} not{may_be}")
         unread = set(self.values) - self._read - set(self._harmless) - set(self._nothing_at)
@@ -139,8 +142,8 @@ def read_fields(table: tuple[Field, ...], fields: Fields) -> dict[str, Any]:
     for field in table:
         null, default = field.null or field.default is None, field.default
         if field.alias is not None and field.alias in fields.values:
-            default = fields.take(field.alias, field.kind, field.default, null=null)
-        value = fields.take(field.name, field.kind, default, null=null)
+            default = fields.take(field.alias, field.default, field.kind, null=null)
+        value = fields.take(field.name, default, field.kind, null=null)
         if field.alias is not None and field.alias in fields.values and value != default:
             fields.refuse(field.alias, f"{field.name}={value!r} says something else")
         ours |= dict.fromkeys(field.all_ours, None if value is None else field.read(value))

@@ -13,7 +13,7 @@ import numpy as np
 from shardlm._extras import install
 from shardlm.runtime.folders import recover
 from shardlm.runtime.paths import local_path
-from shardlm.runtime.strangers import inside, printable, read_small
+from shardlm.runtime.strangers import SMALL, inside, printable, read_small
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -56,14 +56,14 @@ def find(folder: Path, name: str) -> Path | None:
         raise ValueError(f"{error}: fetch the model again") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object.
+def read_json(path: Path, limit: int = SMALL) -> dict[str, Any]:
+    """A file, of at most `limit` bytes, that holds a JSON object.
 
     Raises:
         ValueError: it does not.
     """
     try:
-        values = json.loads(read_small(path.parent, path.name, links=True).decode("utf-8"))
+        values = json.loads(read_small(path.parent, path.name, links=True, limit=limit).decode("utf-8"))
     except RecursionError as error:
         raise ValueError(f"{path} is not JSON of a model: it is nested too deep") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -85,7 +85,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if path is None:
         held = ", ".join(sorted(printable(entry.name) for entry in folder.iterdir())[:8]) or "nothing"
         raise ValueError(f"{folder} is no folder of a Hugging Face model: it has no config.json, but {held}")
-    return read_json(path)
+    return read_json(path, 1 << 24)  # it travels with the configuration, into each checkpoint
 
 
 class Tensors:

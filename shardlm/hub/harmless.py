@@ -99,8 +99,8 @@ NOTHING_AT: Mapping[str, tuple[tuple[Any, ...] | Callable[[Any], bool], str]] = 
 }
 
 
-def is_nothing(legal: Any, value: Any) -> bool:
-    """Whether a field changes nothing at this value, by what stands for it in a table such as `NOTHING_AT`."""
+def is_nothing(value: Any, legal: tuple[Any, ...] | Callable[[Any], bool]) -> bool:
+    """Whether a field changes nothing at this value; `legal` as in `NOTHING_AT`."""
     if callable(legal):
         return bool(legal(value))
     # True is not 1 here, though Python says they are equal.

@@ -18,7 +18,7 @@ from shardlm.hub.harmless import HARMLESS
 from shardlm.hub.rope import SPELLINGS
 from shardlm.hub.tokenizer import HubTokenizer, token_ids
 from shardlm.models.config import TransformerConfig
-from shardlm.runtime.strangers import read_small
+from shardlm.runtime.strangers import SMALL, read_small
 
 GENERATION = "generation_config.json"
 _LENGTH = "max_position_embeddings"
@@ -58,10 +58,10 @@ class Origin:
         Raises:
             ValueError: a file of its text is a link to nothing, or no plain file.
         """
-        texts = {}
-        for name in (GENERATION, "tokenizer.json"):
-            texts[name] = None if find(folder, name) is None else read_small(folder, name, links=True)
-        generation, definition = texts.values()
+        generation, definition = (
+            None if find(folder, name) is None else read_small(folder, name, links=True, limit=limit)
+            for name, limit in ((GENERATION, 1 << 20), ("tokenizer.json", SMALL))
+        )
         return cls(
             values=dict(values),
             ignored=tuple(ignored),
@@ -104,9 +104,9 @@ class Origin:
             made |= {"architectures": [family.architectures[0]]}
         else:
             made = {name: told[name] for name in told if name in HARMLESS and name not in _NOT_ELSEWHERE}
-            length = made.get(_LENGTH)
-            if isinstance(length, int) and isinstance(own.get(_LENGTH), int) and family.model_type != "gpt2":
-                own[_LENGTH] = max(own[_LENGTH], length)  # its own is what scaled positions were made for
+            length = made.pop(_LENGTH, None)
+            if isinstance(length, int) and "n_positions" not in own:
+                own[_LENGTH] = max(own.get(_LENGTH, 0), length)  # its own is what scaled positions were made for
             made |= own
         return made | {"dtype": dtype, "torch_dtype": dtype}
 

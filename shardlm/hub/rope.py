@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 from shardlm.hub.fields import Fields
-from shardlm.hub.kinds import NUMBER, OBJECT, SIZE, TEXTS
+from shardlm.hub.kinds import MOST, NUMBER, OBJECT, SIZE, TEXTS
 from shardlm.models.config import LinearScaling, Llama3Scaling, Rope, TransformerConfig
 from shardlm.runtime.strangers import printable
 
@@ -25,8 +25,8 @@ _LLAMA3 = {
 
 def read_rope(fields: Fields, theta: float = 10_000.0) -> Rope | None:
     """The rotary positions of all layers; `theta` is the base where the file names none. None: a problem was noted."""
-    new, old = (fields.take(name, OBJECT, None, null=True) for name in ("rope_parameters", "rope_scaling"))
-    given = fields.take("rope_theta", NUMBER, None)
+    new, old = (fields.take(name, None, OBJECT, null=True) for name in ("rope_parameters", "rope_scaling"))
+    given = fields.take("rope_theta", None, NUMBER)
     if new and {FULL, SLIDING} & set(new):
         fields.refuse("rope_parameters", "layers of two kinds, which shardlm knows of Gemma 3 alone")
         return None
@@ -35,8 +35,8 @@ def read_rope(fields: Fields, theta: float = 10_000.0) -> Rope | None:
 
 def read_two_ropes(fields: Fields, theta: float, local_theta: float) -> tuple[Rope | None, Rope | None]:
     """The rotary positions of layers without a window, and with one."""
-    new, old = (fields.take(name, OBJECT, None, null=True) for name in ("rope_parameters", "rope_scaling"))
-    given, given_local = (fields.take(name, NUMBER, None) for name in ("rope_theta", "rope_local_base_freq"))
+    new, old = (fields.take(name, None, OBJECT, null=True) for name in ("rope_parameters", "rope_scaling"))
+    given, given_local = (fields.take(name, None, NUMBER) for name in ("rope_theta", "rope_local_base_freq"))
     new = new or {}
     if unknown := sorted(set(new) - {FULL, SLIDING}):
         named = printable(", ".join(unknown))
@@ -85,15 +85,29 @@ def write_two_ropes(rope: Rope, local: Rope) -> dict[str, Any]:
 
 def trained_length(rope: Rope) -> int | None:
     """The length of context, in tokens, that the scaling was made for; None where it does not say."""
-    scaling = rope.scaling
-    return int(scaling.factor * scaling.original_length) if isinstance(scaling, Llama3Scaling) else None
+    if not isinstance(rope.scaling, Llama3Scaling):
+        return None
+    length = rope.scaling.factor * rope.scaling.original_length
+    return int(length) if length <= MOST else None
 
 
 def read_layer_types(
-    fields: Fields, window: int | None, default: tuple[str, ...], layers: int | None
+    fields: Fields,
+    window: int | None,
+    default: tuple[str, ...],
+    layers: int | None,
+    switch: str = "sliding_window",
 ) -> tuple[int | None, ...]:
-    """The pattern of windows that `layer_types` says, or else `default`, a type for each layer."""
-    types = fields.take("layer_types", TEXTS, None, null=True)
+    """The pattern of windows that `layer_types` says, or else `default`, a type for each layer.
+
+    Args:
+        fields: of the file.
+        window: of the layers that have one, None where the file has switched windows off.
+        default: where the file has no `layer_types`.
+        layers: how many there are, None where the file does not say.
+        switch: the field that switched them off.
+    """
+    types = fields.take("layer_types", None, TEXTS, null=True)
     types = default if types is None else tuple(types)
     if unknown := sorted(set(types) - {FULL, SLIDING}):
         fields.refuse("layer_types", f"shardlm knows {FULL} and {SLIDING}, not {printable(', '.join(unknown))}")
@@ -104,7 +118,7 @@ def read_layer_types(
         fields.refuse("layer_types", f"{len(types)} types of {layers} layers")
         return (None,)
     if SLIDING in types and window is None:
-        fields.refuse("sliding_window", f"the layers of type {SLIDING} need it")
+        fields.refuse(switch, f"the layers of type {SLIDING} need it")
         return (None,)
     return shortest(tuple(window if kind == SLIDING else None for kind in types))
 

@@ -25,7 +25,9 @@ def folders(tmp_path_factory):
     (root / "sums.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     tokenizer = BPETokenizer.train([line["prompt"] + line["completion"] for line in lines] * 4, 262, None)
     params = sl.Trainer(CONFIG).init().params
-    sl.save_hf(root / "model", CONFIG, params, tokenizer, verbose=False)
+    sl.save_hf(root / "model", CONFIG, params, tokenizer, verbose=False, fields={"max_position_embeddings": 77})
+    (root / "model/chat_template.jinja").write_text("{{ messages }}\r\n", newline="")
+    (root / "model/generation_config.json").write_text('{"temperature": 0.6}')
     sl.save_hf(root / "bare", CONFIG, params, verbose=False)
     return root
 
@@ -53,6 +55,10 @@ def test_a_learning_rate_of_zero_gives_back_the_model_and_its_tokenizer(run, fol
     assert config.param_dtype == "float32"
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert tokenizer.decode(tokenizer.encode("3 + 4 = 7")) == "3 + 4 = 7"
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (folders / "model", target))
+    assert after == before | {"dtype": "float32", "torch_dtype": "float32"}
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (target / name).read_bytes() == (folders / "model" / name).read_bytes(), name
 
 
 def test_training_goes_on_from_the_model_and_from_its_own_checkpoint(run, folders, tmp_path):
@@ -83,6 +89,8 @@ def test_training_goes_on_from_the_model_and_from_its_own_checkpoint(run, folder
         (("--init-from", "{}/model", "--d-ff", "8", "--num-heads", "4"), "leave out --num-heads, --d-ff"),
         (("--init-from", "{}/bare", "--tokenizer", "bpe:400"), "the tokenizer has 2"),
         (("--save-hf", "{}/model"), "{}/model holds a model already"),
+        (("--ignore-fields", "a,b"), "--ignore-fields is for the folder of --init-from"),
+        (("--init-from", "{}/model", "--ignore-fields", "a, b"), "ignore_fields names a, b, which the file does not"),
         (("--save-hf", "{}/sums.jsonl/a/b"), "{}/sums.jsonl is no folder that can be written to"),
     ],
 )

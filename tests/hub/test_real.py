@@ -1,5 +1,6 @@
 """Files of models that people use are read as they are, and go out saying what they said."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from shardlm.hub.family import canonical
 from shardlm.hub.fields import Fields
 from shardlm.hub.harmless import HARMLESS, NOTHING_AT
 from shardlm.hub.origin import Origin
+from shardlm.models.config import LearnedPositions
 from tests.hub.cases import INSTALLED
 from tests.hub.real import CONFIGS
 
@@ -48,6 +50,11 @@ def test_of_another_configuration_what_no_model_computes_still_goes_out():
         assert written[name] == values[name], name
     wider = read(values | {"rope_scaling": values["rope_scaling"] | {"factor": 32.0}})
     assert Origin(values=values).config_values(wider, family, "float32")["max_position_embeddings"] == 32 * 8192
+
+    values = CONFIGS["gpt2 with transformers' general names"]
+    shorter = dataclasses.replace(read(values), positions=LearnedPositions(length=512))
+    written = Origin(values=values).config_values(shorter, registry.NAMES["gpt2"], "float32")
+    assert canonical(read(written)) == canonical(shorter) and written["eos_token_id"] == 50256
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 Elsewhere what it answered once is read from the recordings, and the test run's last lines say so.
 """
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -48,6 +50,32 @@ if INSTALLED:
             record.logits(record.load(folder, "float32"), tokens) for folder in (tmp_path / "a", DATA / name)
         )
         np.testing.assert_array_equal(ours, theirs)
+
+    @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+    def test_transformers_runs_a_gemma_without_windows(name, tmp_path):
+        config, params, _ = load(DATA / name, dtype="float32")
+        attention = dataclasses.replace(config.attention, windows=(None,))
+        full = dataclasses.replace(config, attention=attention, local_positions=None)
+        sl.save_hf(tmp_path / "a", full, params)
+        tokens = recorded(name)["tokens"]
+        theirs = record.logits(record.load(tmp_path / "a", "float32"), tokens)
+        assert np.abs(logits(full, params, tokens) - theirs).max() < F32
+        assert np.abs(logits(config, params, tokens) - theirs).max() > 100 * F32  # the windows were of use
+
+    @pytest.mark.parametrize(
+        "scaling", [{"type": "linear"}, {"rope_type": "linear"}, {"rope_type": "linear", "type": "linear"}]
+    )
+    @pytest.mark.filterwarnings("ignore:.*transformers 5 does not read it")
+    def test_transformers_scales_the_positions_of_gemma_3_as_we_do(scaling, tmp_path):
+        shutil.copytree(DATA / "gemma3", tmp_path / "a")
+        values = json.loads((tmp_path / "a/config.json").read_text())
+        del values["rope_parameters"]
+        values |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": scaling | {"factor": 8.0}}
+        (tmp_path / "a/config.json").write_text(json.dumps(values))
+        config, params, _ = load(tmp_path / "a", dtype="float32")
+        tokens = recorded("gemma3")["tokens"]
+        theirs = record.logits(record.load(tmp_path / "a", "float32"), tokens)
+        assert np.abs(logits(config, params, tokens) - theirs).max() < F32
 
     @pytest.mark.parametrize("name", sl.presets.names())
     def test_transformers_understands_the_configuration_of_every_preset(name, tmp_path):

@@ -24,8 +24,8 @@ WINDOW = 4096  # where a file does not say
 
 def read(file: Fields, ours: dict[str, Any]) -> dict[str, Any]:
     """Rotary positions, windows and the scale of the embeddings."""
-    window, layers = file.take("sliding_window", SIZE, WINDOW, null=True), ours["num_layers"]
-    if file.take("sliding_window_size", SIZE, window, null=True) != window:  # an older name, in the files of 9B
+    window, layers = file.take("sliding_window", WINDOW, SIZE, null=True), ours["num_layers"]
+    if file.take("sliding_window_size", window, SIZE, null=True) != window:  # an older name, in the files of 9B
         file.refuse("sliding_window_size", f"sliding_window={window!r} says something else")
     types = tuple(FULL if i % 2 else SLIDING for i in range(layers or 0))
     windows = read_layer_types(file, window, types, layers)

@@ -15,9 +15,9 @@ from shardlm.models.config import TransformerConfig
 
 def read(file: Fields, ours: dict[str, Any]) -> dict[str, Any]:
     """Both kinds of rotary positions, windows and the scale of the embeddings."""
-    window, layers = file.take("sliding_window", SIZE, WINDOW, null=True), ours["num_layers"]
-    pattern = file.take("sliding_window_pattern", SIZE, 6)
-    if file.take("_sliding_window_pattern", SIZE, pattern) != pattern and "layer_types" not in file.values:
+    window, layers = file.take("sliding_window", WINDOW, SIZE, null=True), ours["num_layers"]
+    pattern = file.take("sliding_window_pattern", 6, SIZE)
+    if file.take("_sliding_window_pattern", pattern, SIZE) != pattern and "layer_types" not in file.values:
         file.refuse("_sliding_window_pattern", f"transformers reads sliding_window_pattern, which is {pattern}")
     types = tuple(SLIDING if (i + 1) % pattern else FULL for i in range(layers or 0))
     windows = read_layer_types(file, window, types, layers)

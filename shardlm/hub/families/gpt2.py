@@ -39,9 +39,9 @@ ROWS = (
 
 def read(file: Fields, ours: dict[str, Any]) -> dict[str, Any]:
     """Learned positions, of which n_ctx is an older name, and max_position_embeddings transformers' general one."""
-    length = file.take("n_positions", SIZE, file.take("max_position_embeddings", SIZE, 1024))
+    length = file.take("n_positions", file.take("max_position_embeddings", 1024, SIZE), SIZE)
     for name in ("n_ctx", "max_position_embeddings"):
-        if file.take(name, SIZE, length) != length:
+        if file.take(name, length, SIZE) != length:
             file.refuse(name, f"n_positions={length} says something else")
     return {"positions": LearnedPositions(length=length)}
 

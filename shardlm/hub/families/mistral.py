@@ -12,8 +12,8 @@ from shardlm.models.config import TransformerConfig
 
 def read(file: Fields, ours: dict[str, Any]) -> dict[str, Any]:
     """Rotary positions and the window, which is 4096 where the file does not say; null is none."""
-    window = file.take("sliding_window", SIZE, 4096, null=True)
-    types = file.take("layer_types", TEXTS, None, null=True)
+    window = file.take("sliding_window", 4096, SIZE, null=True)
+    types = file.take("layer_types", None, TEXTS, null=True)
     kind = FULL if window is None else SLIDING
     if types is not None and set(types) != {kind}:  # transformers' Mistral does not read them
         file.refuse("layer_types", f"a mistral here has layers of one kind, {kind} with sliding_window={window}")

@@ -13,15 +13,16 @@ from shardlm.models.config import TransformerConfig
 
 def read(file: Fields, ours: dict[str, Any]) -> dict[str, Any]:
     """Rotary positions and windows."""
-    window, layers = file.take("sliding_window", SIZE, 4096, null=True), ours["num_layers"]
-    first = file.take("max_window_layers", INDEX, 28, null=True)
-    if not file.take("use_sliding_window", FLAG, False, null=True):
-        window = None
+    window, layers = file.take("sliding_window", 4096, SIZE, null=True), ours["num_layers"]
+    first = file.take("max_window_layers", 28, INDEX, null=True)
+    switch = "sliding_window"
+    if not file.take("use_sliding_window", False, FLAG, null=True):
+        window, switch = None, "use_sliding_window"
     if window is not None and first is None and "layer_types" not in file.values:
         file.refuse("max_window_layers", "use_sliding_window needs it")
     first = layers if first is None else first
     types = tuple(SLIDING if window is not None and i >= first else FULL for i in range(layers or 0))
-    return {"positions": read_rope(file), "attention.windows": read_layer_types(file, window, types, layers)}
+    return {"positions": read_rope(file), "attention.windows": read_layer_types(file, window, types, layers, switch)}
 
 
 def write(config: TransformerConfig) -> dict[str, Any]:
