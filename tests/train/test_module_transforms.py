@@ -180,6 +180,65 @@ def test_what_is_frozen_keeps_its_value_and_has_no_optimizer_state(run, tmp_path
     assert set(flatten(grads)) == adapters
 
 
+class Called(nnx.Module):
+    """Two layers, dropout and running statistics, called as `call` says."""
+
+    def __init__(self, rngs: nnx.Rngs, call):
+        self.a, self.b, self.call = linear(rngs), linear(rngs), call
+        self.dropout, self.norm = nnx.Dropout(0.5, rngs=rngs), nnx.BatchNorm(WIDTH, rngs=rngs, **WIDE)
+        self.layers = nnx.vmap(lambda r: nnx.Sequential(linear(r), nnx.Dropout(0.5, rngs=r)))(rngs.split(2))
+
+    def __call__(self, x):
+        return self.call(self, x)
+
+
+def through_layers(module, x):
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def layer(x, block):
+        return nnx.remat(lambda block, x: jnp.tanh(block(x)))(block, x)
+
+    return layer(x, module.layers)
+
+
+@nnx.split_rngs(splits=2)
+@nnx.vmap(in_axes=(nnx.StateAxes({nnx.RngState: 0, ...: None}), None), out_axes=0)
+def twice(dropout, x):
+    return dropout(x)
+
+
+CALLS = {
+    "plain": lambda m, x: m.norm(m.dropout(m.b(m.a(x)))),
+    "remat": lambda m, x: nnx.remat(lambda m, x: m.norm(m.dropout(m.a(x))))(m, x),
+    "remat with a policy": lambda m, x: nnx.remat(
+        lambda m, x: m.norm(m.a(x)), policy=jax.checkpoint_policies.dots_saveable
+    )(m, x),
+    "jit in jit": lambda m, x: nnx.jit(lambda m, x: nnx.jit(lambda m, x: m.norm(m.a(x)))(m, x))(m, x),
+    "remat of jit of remat": lambda m, x: nnx.remat(nnx.jit(nnx.remat(lambda m, x: m.norm(m.a(x)))))(m, x),
+    "scan": through_layers,
+    "jit of scan": nnx.jit(through_layers),
+    "switch": lambda m, x: nnx.switch(jnp.int32(1), [lambda m, x: m.a(x), lambda m, x: m.b(x)], m, x),
+    "cond of remat": lambda m, x: nnx.cond(x.sum() > 0, nnx.remat(lambda m, x: m.a(x)), lambda m, x: m.b(x), m, x),
+    "split_rngs and vmap": lambda m, x: twice(m.dropout, m.a(x)).sum(0),
+    "vmap over rows": lambda m, x: nnx.vmap(lambda m, x: m.b(m.a(x)), in_axes=(None, 0), out_axes=0)(m, x),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_that_flax_does_to_a_module_counts_as_a_new_value(name: str):
+    layout, one = sl.Layout(accumulate=2), jax.devices()[:1]
+    trainer = sl.Trainer.from_module(lambda rngs: Called(rngs, CALLS[name]), loss_fn, layout, devices=one)
+    program, batch = trainer.program, trainer.abstract_batch(make_batch())
+    state, _ = jax.eval_shape(trainer.step_function, trainer.abstract_state, batch)
+    assert jax.tree.structure(state) == jax.tree.structure(trainer.abstract_state)
+    params, variables = (flatten(getattr(trainer.abstract_state, part)) for part in ("params", "variables"))
+    key = jax.eval_shape(jax.random.key, 0)
+
+    def assigned(params, variables, batch, key):
+        return dict.fromkeys(program._assigns(params, variables, batch, key), 0)
+
+    assert jax.eval_shape(assigned, params, variables, batch, key) == {}
+
+
 class Kinds(nnx.Module):
     """Parameters of several kinds, one of which has no gradient."""
 
