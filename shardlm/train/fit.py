@@ -95,7 +95,6 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
             "fit: batches is one batch: give a list of batches, or itertools.repeat(batch) to train on it alone"
         )
     check_source(batches)
-    trainer.state = None
     directory = options.checkpoint_dir
     retention = options.keep, options.keep_every, options.keep_best
     checkpoints = None if directory is None else Checkpoints(directory, *retention)
@@ -173,7 +172,7 @@ class _Loop:
     def run(self, batches: Any) -> TrainState:
         """Make the steps that are missing."""
         options, start = self.options, self.done
-        stream: Any = None
+        self.trainer.state, stream = None, None
         try:
             with self.watch.phase("batch", start):
                 stream = self.used.stream(batches)

@@ -163,6 +163,16 @@ def test_of_own_batches_another_number_of_rows_needs_a_word(trainer, tmp_path, s
     assert saved(tmp_path, 5)["rows"] == 3 * 4 + 2 * 8
 
 
+def test_own_batches_may_differ_in_rows_among_themselves(trainer, tmp_path):
+    """Those that did so before, and those whose last used one is still there, are what they were."""
+    uneven = [make_batch(step, rows) for step, rows in enumerate((4, 4, 2, 3, 1, 4))]
+    for source in (list, iter):
+        folder = tmp_path / source.__name__
+        for steps in (2, 3, 6):  # between the first two nothing but the digest of the last one tells
+            assert "batches had" not in fit(trainer, source(uneven), steps, folder)
+        assert saved(folder, 6)["rows"] == 18
+
+
 def test_own_batches_that_are_others_are_noticed_by_the_last_one_used(trainer, tmp_path):
     fit(trainer, own(4), 3, tmp_path)
     for others in ([make_batch(step + 10) for step in range(8)], (make_batch(step + 10) for step in range(8))):
