@@ -20,7 +20,8 @@ def is_used_up(tree: Any) -> bool:
 
     Scalars are left when a checkpoint is being written.
     """
-    return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(tree))
+    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
+    return any(leaf.is_deleted() for leaf in leaves)
 
 
 def check_usable(tree: Any, what: str = "") -> None:

@@ -12,5 +12,6 @@ USED_UP = (
 
 def check_usable(tree: Any) -> None:
     """Raise ValueError if an array of the tree has been donated to a step."""
-    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(tree)):
+    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
+    if any(leaf.is_deleted() for leaf in leaves):
         raise ValueError(USED_UP)
