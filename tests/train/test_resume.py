@@ -142,6 +142,11 @@ def injected(rate: float):
     return optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
 
 
+def plateau(factor: float):
+    """Which wants the loss."""
+    return optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(factor=factor))
+
+
 def own(rows: int, sequence: int = SEQUENCE):
     return [make_batch(step, rows, sequence) for step in range(8)]
 
@@ -214,8 +219,9 @@ def test_another_length_of_the_run_and_what_follows_from_it_is_said(tmp_path):
         (lambda: optax.adamw(1e-3, weight_decay=0.1), lambda: optax.adamw(1e-3, weight_decay=0.2)),
         (lambda: sl.adamw(1e-3, steps=10), lambda: sl.adamw(1e-3, steps=10, clip=0.5)),
         (lambda: injected(1e-3), lambda: injected(2e-3)),
+        (lambda: plateau(0.5), lambda: plateau(0.25)),
     ],
-    ids=["rate", "b1", "eps", "schedule", "boundaries", "decay", "clip", "injected"],
+    ids=["rate", "b1", "eps", "schedule", "boundaries", "decay", "clip", "injected", "extra arguments"],
 )
 def test_an_optimizer_is_known_by_what_it_computes(one, two):
     a, again, b = (run_record.optimizer_of(make_trainer(make())) for make in (one, one, two))
