@@ -198,8 +198,8 @@ class _Loop:
                     self._preempted(step)
         except BaseException as error:
             self._rescue(error, start)
-            saved = None if self.saver is None else self.saver.saved
-            leave(self.trainer, self.state, self.done, error, saved, self.progress.message)
+            kept, say = (start, self.progress.message) if self.saver is None else (self.saver.saved or start, None)
+            leave(self.trainer, self.state, self.done, error, kept, say)
             raise
         finally:
             close = getattr(stream, "close", None)
