@@ -20,8 +20,8 @@ def is_used_up(tree: Any) -> bool:
 
     Scalars are left when a checkpoint is being written.
     """
-    arrays = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
-    return any(leaf.is_deleted() for leaf in arrays if not isinstance(leaf, jax.core.Tracer))
+    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
+    return any(leaf.is_deleted() for leaf in leaves)
 
 
 def check_usable(tree: Any, what: str = "") -> None:

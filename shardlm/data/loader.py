@@ -30,7 +30,8 @@ class Batches:
 
     Every epoch is another permutation of the rows and holds each exactly once. Where the batch size does not divide
     the rows, a batch holds the end of one epoch and the beginning of the next, so that no row is left out. There is
-    no state to save: a run that stopped after step n goes on with `iterate(n + 1)`.
+    no state to save: a run that stopped after step n goes on with `iterate(n + 1)`, or, in batches of another size,
+    with `from_row`.
 
     Args:
       packed: where rows come from.

@@ -13,7 +13,6 @@ from typing import Any
 
 from shardlm._errors import is_int
 from shardlm.hub.fields import Fields
-from shardlm.hub.kinds import ANYTHING
 
 _HARMLESS = {
     "says where the file came from": "auto_mapping base_model_name_or_path peft_version revision",
@@ -104,13 +103,13 @@ def read_adapter_config(
     fields = Fields(
         values, where, ignore_fields, harmless=HARMLESS, nothing_at=NOTHING_AT, what="shardlm's adapters have"
     )
-    if fields.take("peft_type", ANYTHING) != "LORA":
+    if fields.take("peft_type") != "LORA":
         raise ValueError(f"{where}: peft_type={values.get('peft_type')!r}; shardlm reads 'LORA'")
     _check_beginning(fields)
     chosen = _chosen(fields, projections, others)
     ranks = _Numbers(fields, "r", "rank_pattern", is_int, "a whole number from 1")
     alphas = _Numbers(fields, "lora_alpha", "alpha_pattern", _is_real, "a number above 0")
-    rooted = fields.take("use_rslora", ANYTHING, False)
+    rooted = fields.take("use_rslora", False)
     if not isinstance(rooted, bool | None):
         fields.refuse("use_rslora", "it is true or false")
     fields.finish()
@@ -123,7 +122,7 @@ def read_adapter_config(
 
 def _check_beginning(fields: Fields) -> None:
     """Refuse adapters that began by changing the model's weights, without which they are something else."""
-    value = fields.take("init_lora_weights", ANYTHING, True)
+    value = fields.take("init_lora_weights", True)
     if isinstance(value, str):
         value = value.lower()
     if any(value is legal or (isinstance(value, str) and value == legal) for legal in _BEGINNINGS):
@@ -141,16 +140,16 @@ def _check_beginning(fields: Fields) -> None:
 
 def _chosen(fields: Fields, projections: Sequence[str], others: Sequence[str]) -> list[str]:
     """The projections that target_modules names, as PEFT matches names."""
-    targets = fields.take("target_modules", ANYTHING)
-    excluded = fields.take("exclude_modules", ANYTHING, None)
-    layers = fields.take("layers_to_transform", ANYTHING, None)
+    targets = fields.take("target_modules")
+    excluded = fields.take("exclude_modules", None)
+    layers = fields.take("layers_to_transform", None)
     numbers = [layers] if is_int(layers) else layers
     if not (numbers is None or (isinstance(numbers, list) and all(is_int(n) for n in numbers))):
         fields.refuse("layers_to_transform", "it is the number of a layer, a list of such, or null")
         numbers = None
     if numbers and isinstance(targets, str):
         fields.refuse("layers_to_transform", "it goes with a list of target_modules, not with a string")
-    patterns = fields.take("layers_pattern", ANYTHING, None)
+    patterns = fields.take("layers_pattern", None)
     patterns = [patterns] if isinstance(patterns, str) and patterns else patterns
     try:
         if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -199,8 +198,8 @@ class _Numbers:
     """A field that holds one number for all projections, and one with others for those that its patterns match."""
 
     def __init__(self, fields: Fields, name: str, pattern: str, is_legal: Any, what: str):
-        self.value = fields.take(name, ANYTHING)
-        patterns = fields.take(pattern, ANYTHING, None)
+        self.value = fields.take(name)
+        patterns = fields.take(pattern, None)
         self._patterns: dict[str, Any] = dict(patterns) if isinstance(patterns, Mapping) else {}
         if patterns is not None and not isinstance(patterns, Mapping):
             fields.refuse(pattern, "it is an object of patterns and numbers")

@@ -46,6 +46,5 @@ TEXT = Kind("it is text", lambda value: isinstance(value, str))
 TEXTS = Kind(
     "it is a list of texts", lambda value: isinstance(value, list) and all(isinstance(entry, str) for entry in value)
 )
-ANYTHING = Kind("it is anything", lambda value: True)
 OBJECT = Kind("it is an object of names and values", lambda value: isinstance(value, dict))
 ANY = Kind("", lambda value: True)

@@ -135,13 +135,16 @@ class Round:
 
     def _get(self, name: str, missing: Any) -> str | None:
         """The value, once it is there; None at the end of the time."""
-        while (spent := time.monotonic() - self._began) < self.limit:
-            wait = max(min(self.limit - spent, _SLICE), 1e-3)
+        while True:
+            spent = time.monotonic() - self._began
+            wait = max(min(self.limit - spent, _SLICE), 0.01)  # once at least: it may be there, whoever else is not
             try:
                 return self.store.blocking_key_value_get(self._key(name), int(1000 * wait) + 1)[1:]
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
+            if spent >= self.limit:
+                return None
             if time.monotonic() - self._began > self._notice and (late := missing()):
                 self._notice *= 2
                 detail = f" ({self.detail})" if self.detail else ""
@@ -151,7 +154,6 @@ class Round:
                     file=sys.stderr,
                     flush=True,
                 )
-        return None
 
     def _key(self, name: str) -> str:
         return f"shardlm/agreement/{self.number}/{name}"

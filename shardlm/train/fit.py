@@ -103,7 +103,6 @@ def fit(trainer: "Trainer", batches: Any, steps: int, state: TrainState | None, 
     check_source(batches)
     if state is not None:
         check_usable(state, trainer.abstract_state)
-    trainer.state = None
     directory = options.checkpoint_dir
     retention = options.keep, options.keep_every, options.keep_best
     checkpoints = None if directory is None else Checkpoints(directory, *retention)
@@ -204,7 +203,7 @@ class _Loop:
     def run(self, batches: Any) -> TrainState:
         """Make the steps that are missing."""
         options, start = self.options, self.done
-        stream: Any = None
+        self.trainer.state, stream = None, None
         try:
             with self.watch.phase("batch", start):
                 stream = self.used.stream(batches)
@@ -230,8 +229,8 @@ class _Loop:
                     self._preempted(step)
         except BaseException as error:
             self._rescue(error, start)
-            saved = None if self.saver is None else self.saver.saved
-            leave(self.trainer, self.state, self.done, error, saved, self.progress.message)
+            kept, say = (start, self.progress.message) if self.saver is None else (self.saver.saved or start, None)
+            leave(self.trainer, self.state, self.done, error, kept, say)
             raise
         finally:
             close = getattr(stream, "close", None)

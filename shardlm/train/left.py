@@ -16,8 +16,8 @@ def leave(
     state: TrainState,
     step: int,
     error: BaseException,
-    saved: int | None,
-    say: Callable[[str], None],
+    kept: int | None,
+    say: Callable[[str], None] | None,
 ) -> None:
     """Put the state into `trainer.state`, and say so in a note of the error and in the run's log.
 
@@ -26,8 +26,8 @@ def leave(
         state: after the last update.
         step: the number of that update.
         error: ends the run.
-        saved: the newest step that has a checkpoint; with one of this step there is nothing to say.
-        say: shows a line in the run's log.
+        kept: the step that a checkpoint has, or that the run began with; of the same step there is nothing to say.
+        say: shows a line in the run's log; None where the log says already what became of the step.
     """
     if is_used_up(state):
         text = f"The step after {step} failed half-way and has used up the state: nothing is left of it."
@@ -37,9 +37,9 @@ def leave(
             f"The state after step {step} is in trainer.state: go on with trainer.fit(..., state=trainer.state), or "
             "keep it with sl.save(path, trainer.state)."
         )
-        if saved == step or isinstance(
-            error, Preempted | ArithmeticError
-        ):  # of a loss that is no number nothing goes on
+        # Nothing goes on from a loss that is no number, nor in a process that is told to end.
+        if kept == step or isinstance(error, Preempted | ArithmeticError):
             return
     error.add_note(text)
-    say(text)
+    if say is not None:
+        say(text)

@@ -38,12 +38,14 @@ class Resumption:
         first_row: the next row of `shardlm.data.Batches`, counted from the first of the first epoch; None: as many as
             the steps made have used.
         saved: what the checkpoint says of its run; empty where it says nothing.
+        same: whether the last batch that was used is still there, so that the batches are those of the run before.
     """
 
     lines: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     first_row: int | None = None
     saved: Mapping[str, Any] = field(default_factory=dict)
+    same: bool = False
 
     def check(self, accepted: bool) -> None:
         """Raise ValueError for what is refused, unless the user accepts it; then it is one more thing to say."""
@@ -140,18 +142,21 @@ def _optimizers(before: Any, now: Any, metadata: Mapping[str, Any]) -> list[str]
     return [f"  optimizer computes something else (rates, decays, or the steps of a schedule){numbers}{kept}"]
 
 
-def compare_shapes(before: Any, now: Mapping[str, Any], first: int, resumption: Resumption) -> None:
+def compare_shapes(now: Mapping[str, Any], first: int, resumption: Resumption) -> None:
     """Note what differs between a batch of the run before and the first batch of this one.
 
+    Batches whose number of rows has changed within the run before are taken to be what they were.
+
     Args:
-        before, now: shapes of the global batch by name; None: not known.
+        now: shapes of the global batch by name.
         first: the step of this batch.
         resumption: takes it.
     """
+    before, counts = resumption.saved.get("batch"), resumption.saved.get("row_counts") or []
     if not before or before == now:
         return
     rows = [next(iter(shapes.values()))[0] for shapes in (before, now)]
-    if rows[0] != rows[1]:
+    if rows[1] not in counts and len(counts) == 1 and not resumption.same:
         resumption.refused.append(
             f"batches had {rows[0]} rows, and have {rows[1]}: of {OWN} batches only the number is known, so the run "
             f"goes on with batch {first - 1} (from 0), and rows are left out or come again. shardlm.data.Batches goes "
@@ -191,6 +196,7 @@ def iterate(batches: Any, start: int, resumption: Resumption | None = None) -> I
         stream = itertools.islice(stream, 0, None)
     if resumption is not None and last is not None:
         saved, found = resumption.saved.get("last_batch"), digest_of(last)
+        resumption.same = saved is not None and saved == found
         if None not in (saved, found) and saved != found:
             resumption.lines.append(
                 f"  batch {start - 1} (from 0), the last that was used, is not what it was: the batches are others, "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+import optax
 
 from shardlm.train.engine import flatten, unflatten
 from shardlm.train.frozen import trained
@@ -103,7 +104,9 @@ def _traced(trainer: "Trainer") -> dict[str, Any] | None:
     try:
         state = jax.eval_shape(trainer.optimizer.init, small)
         begun = jax.make_jaxpr(trainer.optimizer.init)(small)
-        traced = jax.make_jaxpr(trainer.optimizer.update)(small, state, small)
+        more = isinstance(trainer.optimizer, optax.GradientTransformationExtraArgs)  # those that want the loss
+        loss = {"value": jax.ShapeDtypeStruct((), np.float32)} if more else {}
+        traced = jax.make_jaxpr(trainer.optimizer.update)(small, state, small, **loss)
     except Exception:  # whatever an optimizer of others does not like about them
         return None
     texts = [re.sub(r"0x[0-9a-f]+", "", str(program.jaxpr)) for program in (begun, traced)]

@@ -50,7 +50,10 @@ class TrainState:
     def __repr__(self) -> str:
         if is_used_up(self):
             return f"TrainState({USED_UP})"
-        step = self.step if isinstance(self.step, jax.ShapeDtypeStruct | jax.core.Tracer) else np.asarray(self.step)
+        try:
+            step = str(int(self.step))
+        except TypeError:  # a shape, or a value that is being traced
+            step = type(self.step).__name__
         parts = {name: jax.tree.leaves(getattr(self, name)) for name in ("params", "opt_state", "variables")}
         sizes = [
             f"{name}={sum(np.size(x) if not hasattr(x, 'size') else x.size for x in leaves):,} numbers in "

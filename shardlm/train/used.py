@@ -11,6 +11,8 @@ from shardlm.train.run_record import digest_of
 if TYPE_CHECKING:
     from shardlm.train.trainer import Trainer
 
+_MOST = 100  # different numbers of rows that are remembered
+
 
 class Used:
     """Counts the rows of a run's batches, and holds its first batch to those of the run before.
@@ -40,6 +42,7 @@ class Used:
         self._rows = resumption.saved.get("rows")  # of all updates; None: not known
         if start == 0:
             self._rows = 0
+        self._counts: set[int] = set()  # numbers of rows that batches have had
         self._shape: tuple[Any, dict[str, list[int]]] | None = None
         self._last: Any = None
 
@@ -67,14 +70,16 @@ class Used:
             shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): list(x.shape) for path, x in leaves}
             self._shape = local, shapes
         if step == self._start + 1 and not self._size:
-            resume.compare_shapes(self._resumption.saved.get("batch"), self._shape[1], step, self._resumption)
+            resume.compare_shapes(self._shape[1], step, self._resumption)
             self._resumption.check(self._accepted)
             self._tell()
 
     def made(self, batch: Any) -> None:
         """Count a batch, which a step has used."""
-        if self._rows is not None and self._shape is not None:
-            self._rows += next(iter(self._shape[1].values()))[0]
+        if self._shape is not None:
+            rows = next(iter(self._shape[1].values()))[0]
+            self._counts.add(rows)
+            self._rows = None if self._rows is None else self._rows + rows
         self._last = batch
 
     def record(self, step: int) -> dict[str, Any]:
@@ -84,7 +89,9 @@ class Used:
             batches["position"] = self._first + (step - self._start) * self._size
         last = digest_of(self._last) if jax.process_count() == 1 else None
         shapes = None if self._shape is None else self._shape[1]
-        return {**self._run, "batches": batches, "batch": shapes, "rows": self._rows, "last_batch": last}
+        counts = sorted(self._counts)[:_MOST]
+        found = {"batches": batches, "batch": shapes, "row_counts": counts, "rows": self._rows, "last_batch": last}
+        return dict(self._run) | found
 
     def _tell(self) -> None:
         for line in self._resumption.lines:

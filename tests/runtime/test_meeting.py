@@ -212,7 +212,12 @@ def test_process_0_keeps_its_time_whoever_drips(coordinator, monkeypatch, capfd)
     """One who sends a byte now and then, and many who say nothing, do not make it wait longer."""
     monkeypatch.setattr(reception, "PROMPT", 0.2)
     monkeypatch.setattr(reception, "_SILENT", 5)
-    threads = [threading.Thread(target=visit, args=(coordinator, [b" "] * 30, 0.05), daemon=True) for _ in range(20)]
+
+    def drip():
+        with contextlib.suppress(AssertionError):  # it came too late
+            visit(coordinator, [b" "] * 30, 0.05)
+
+    threads = [threading.Thread(target=drip, daemon=True) for _ in range(20)]
     for thread in threads:
         thread.start()
     began = time.monotonic()

@@ -98,7 +98,7 @@ def other_shapes(trainer: sl.Trainer, index: int) -> dict:
     state, times, errors = trainer.init(), {}, []
 
     def batch(rows: int) -> dict[str, np.ndarray]:
-        return dict.fromkeys(("tokens", "targets"), np.ones((rows, SEQUENCE), np.int32))
+        return {"tokens": np.full((rows, SEQUENCE), 1), "targets": np.full((rows, SEQUENCE), 2)}
 
     state, _ = trainer.step(state, batch(4))
     try:

@@ -142,6 +142,11 @@ def injected(rate: float):
     return optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
 
 
+def plateau(factor: float):
+    """Which wants the loss."""
+    return optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(factor=factor))
+
+
 def own(rows: int, sequence: int = SEQUENCE):
     return [make_batch(step, rows, sequence) for step in range(8)]
 
@@ -161,6 +166,16 @@ def test_of_own_batches_another_number_of_rows_needs_a_word(trainer, tmp_path, s
     output = fit(trainer, source(own(8)), 5, tmp_path, accept_changes=True)
     assert "batches had 4 rows, and have 8" in output
     assert saved(tmp_path, 5)["rows"] == 3 * 4 + 2 * 8
+
+
+def test_own_batches_may_differ_in_rows_among_themselves(trainer, tmp_path):
+    """Those that did so before, and those whose last used one is still there, are what they were."""
+    uneven = [make_batch(step, rows) for step, rows in enumerate((4, 4, 2, 3, 1, 4))]
+    for source in (list, iter):
+        folder = tmp_path / source.__name__
+        for steps in (2, 3, 6):  # between the first two nothing but the digest of the last one tells
+            assert "batches had" not in fit(trainer, source(uneven), steps, folder)
+        assert saved(folder, 6)["rows"] == 18
 
 
 def test_own_batches_that_are_others_are_noticed_by_the_last_one_used(trainer, tmp_path):
@@ -204,8 +219,9 @@ def test_another_length_of_the_run_and_what_follows_from_it_is_said(tmp_path):
         (lambda: optax.adamw(1e-3, weight_decay=0.1), lambda: optax.adamw(1e-3, weight_decay=0.2)),
         (lambda: sl.adamw(1e-3, steps=10), lambda: sl.adamw(1e-3, steps=10, clip=0.5)),
         (lambda: injected(1e-3), lambda: injected(2e-3)),
+        (lambda: plateau(0.5), lambda: plateau(0.25)),
     ],
-    ids=["rate", "b1", "eps", "schedule", "boundaries", "decay", "clip", "injected"],
+    ids=["rate", "b1", "eps", "schedule", "boundaries", "decay", "clip", "injected", "extra arguments"],
 )
 def test_an_optimizer_is_known_by_what_it_computes(one, two):
     a, again, b = (run_record.optimizer_of(make_trainer(make())) for make in (one, one, two))
