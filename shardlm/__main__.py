@@ -18,6 +18,7 @@ from shardlm.hub import begin, convert
 from shardlm.inspect import topologies
 from shardlm.runtime import launch, processes, template
 from shardlm.runtime.meeting import MeetingError
+from shardlm.runtime.strangers import printable
 
 _MOST_CPU_DEVICES = 2048  # of one process: with more, JAX takes some to be another process's
 _STOPPED = (sl.SaveError, sl.NonFiniteLoss, sl.VerificationError)  # and no mistake in the arguments
@@ -33,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ValueError, OSError, ImportError, MeetingError, *_STOPPED) as error:
-        print("error:", error, *getattr(error, "__notes__", ()), file=sys.stderr)
+        text = " ".join(map(str, ("error:", error, *getattr(error, "__notes__", ()))))
+        # It may quote files that somebody else has written, with commands to the terminal in them.
+        print("\n".join(printable(line, 10_000) for line in text.split("\n")), file=sys.stderr)
         return 1 if isinstance(error, _STOPPED) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -20,7 +20,7 @@ import optax
 import pytest
 
 import shardlm as sl
-from shardlm.checkpoint import Checkpoints
+from shardlm.checkpoint import Checkpoints, record
 from shardlm.data import Batches
 from shardlm.data.packing import Packed
 from shardlm.train import fit as module
@@ -503,6 +503,22 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_first_step(tr
     (tmp_path / "file").touch()
     with pytest.raises(sl.SaveError, match=rf"cannot save to {tmp_path}/file/run: NotADirectoryError"):
         trainer.fit(iter(()), STEPS, checkpoint_dir=tmp_path / "file/run", verbose=False, log_dir=tmp_path)
+
+
+def test_metadata_that_somebody_else_wrote_is_one_clear_error(trainer, tmp_path):
+    fit(trainer, steps=1, checkpoint_dir=tmp_path)
+    content = record.read_record(tmp_path / "1")
+    content.pop("digest")
+    for changes, message in (
+        ({"tokens": "many"}, "was not saved by fit: its metadata has tokens='many'"),
+        ({"tokens": float("nan")}, "was not saved by fit: its metadata has tokens=nan"),
+        ({"layout": ["\x1b[2J"], "versions": 3}, r"its metadata has layout=\['\\x1b\[2J'\], versions=3"),
+        ({"config": []}, r"its metadata has config=\[\]"),
+        ({"config": {"type": []}}, "these values are not those of a configuration"),
+    ):
+        record.write_record(tmp_path / "1", content | {"metadata": content["metadata"] | changes})
+        with pytest.raises(ValueError, match=message):
+            trainer.fit(BATCHES, STEPS, checkpoint_dir=tmp_path, verbose=False)
 
 
 # Two runs on one folder
