@@ -62,6 +62,9 @@ class FitOptions:
             for name in ("checkpoint_every", "log_every", "evaluate_every")
             if (value := getattr(self, name)) is not None and not _positive(value)
         ]
+        for name in ("checkpoint_dir", "log_dir"):
+            if (path := getattr(self, name)) is not None and path.exists() and not path.is_dir():
+                problems.append(f"{name}={str(path)!r} is no folder")
         held_out = self.held_out
         if self.evaluate_every is not None and held_out is None:
             problems.append("evaluate_every needs held_out, the batches to evaluate on")
