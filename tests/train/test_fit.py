@@ -744,7 +744,7 @@ def test_an_evaluation_that_fails_loses_no_step(trainer, tmp_path):
         ({"checkpoint_dir": "s3://bucket/run"}, "checkpoint_dir='s3://bucket/run' is an address: give a local folder"),
         ({"checkpoint_dir": Path("gs://bucket/run")}, "checkpoint_dir='gs:/bucket/run' is an address"),
         ({"checkpoint_dir": ""}, "checkpoint_dir='' is empty"),
-        ({"checkpoint_dir": "/dev/null", "log_dir": __file__}, "checkpoint_dir='/dev/null' is no folder; log_dir='/.*'"),
+        ({"checkpoint_dir": "/dev/null", "log_dir": __file__}, "checkpoint_dir=.* is no folder; log_dir=.* is no f"),
     ],
 )  # fmt: skip
 def test_an_option_out_of_range_is_an_error(trainer, options, message):
