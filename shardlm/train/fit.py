@@ -124,7 +124,8 @@ def _fit(
     state = trainer.init() if state is None else state
     start = int(state.step)
     log_dir = options.log_dir or directory
-    with Progress(
+    with together.by_all(
+        Progress,
         total=steps,
         start=start,
         log_every=options.log_every,
