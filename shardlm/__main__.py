@@ -18,6 +18,7 @@ from shardlm.hub import begin, convert
 from shardlm.inspect import topologies
 from shardlm.runtime import launch, processes, template
 from shardlm.runtime.meeting import MeetingError
+from shardlm.runtime.paths import local_path
 from shardlm.runtime.strangers import printable
 
 _MOST_CPU_DEVICES = 2048  # of one process: with more, JAX takes some to be another process's
@@ -52,6 +53,9 @@ def train(options: argparse.Namespace) -> int:
     if config.max_sequence is not None and options.sequence > config.max_sequence:
         name = options.init_from or options.preset or "tiny"
         raise ValueError(f"sequence={options.sequence}, but {name} has {config.max_sequence} learned positions")
+    for name, path in (("--checkpoint-dir", options.checkpoint_dir), ("--log-dir", options.log_dir)):
+        if path is not None:
+            local_path(path, name)
     if options.save_hf is not None:
         begin.check_save(config, options.save_hf)
     tokenizer = tokenizer or options.tokenizer or "bytes"
