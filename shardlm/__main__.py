@@ -21,6 +21,8 @@ from shardlm.hub import begin, convert
 from shardlm.inspect import topologies
 from shardlm.runtime import launch, processes, template
 from shardlm.runtime.meeting import MeetingError
+from shardlm.runtime.paths import local_path
+from shardlm.runtime.strangers import printable
 from shardlm.train import room
 
 _MOST_CPU_DEVICES = 2048  # of one process: with more, JAX takes some to be another process's
@@ -38,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ValueError, OSError, ImportError, MeetingError, *_STOPPED) as error:
-        text = " ".join(["error:", str(error), *getattr(error, "__notes__", ())])
+        text = " ".join(map(str, ("error:", error, *getattr(error, "__notes__", ()))))
+        # It may quote files that somebody else has written, with commands to the terminal in them.
+        text = "\n".join(printable(line, 10_000) for line in text.split("\n"))
         print(fold(text, width(sys.stderr) or sys.maxsize), file=sys.stderr)
         return 1 if isinstance(error, _STOPPED) else 2
     except KeyboardInterrupt:
@@ -62,6 +66,9 @@ def train(options: argparse.Namespace) -> int:
     if config.max_sequence is not None and options.sequence > config.max_sequence:
         name = options.init_from or options.preset or "tiny"
         raise ValueError(f"sequence={options.sequence}, but {name} has {config.max_sequence} learned positions")
+    for name, path in (("--checkpoint-dir", options.checkpoint_dir), ("--log-dir", options.log_dir)):
+        if path is not None:
+            local_path(path, name)
     if options.save_hf is not None:
         begin.check_save(config, options.save_hf)
     tokenizer = begin.tokenizer_of_run(options, start)

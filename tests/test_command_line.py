@@ -199,7 +199,8 @@ def test_a_run_goes_on_on_another_layout(whole, run, tmp_path):
         ("--dropout 1", "error: TransformerConfig: dropout=1.0; it is at least 0 and below 1"),
         ("--batch-size 4000", "error: batch_size=4000 is more than the"),
         ("--tensorboard", "error: tensorboard=True, but there is no directory to write the events to: give one"),
-        ("--log-dir gs://bucket/a", "error: log_dir='gs://bucket/a' is an address: give a local folder"),
+        ("--log-dir gs://bucket/a", "error: --log-dir='gs://bucket/a' is an address: give a local folder"),
+        ("--checkpoint-dir gs://bucket/a", "error: --checkpoint-dir='gs://bucket/a' is an address: give a "),
         ("--preset gpt2 --sequence 1040", "error: sequence=1040, but gpt2 has 1024 learned positions"),
     ],
 )  # fmt: skip

@@ -25,6 +25,7 @@ from .record import (
     steps_in,
 )
 from .retention import Retention
+from .run import surplus
 
 _DESCRIPTION = """
 List the checkpoints of a run's folder: step, age, size, loss of the step's training batch, held-out loss where it was
@@ -94,17 +95,10 @@ def prune(directory: Any, retention: Retention) -> list[int]:
     """
     lock = Lock(directory)
     try:
-        losses = {}
-        for step in steps_in(directory):
-            try:
-                loss = read_record(directory / str(step)).get("loss")
-                losses[step] = loss if finite(loss) else None
-            except (ValueError, OSError):  # damaged, of another format, or not to be read
-                continue
-        surplus = retention.surplus(losses)
-        for step in surplus:
+        steps = surplus(directory, retention)
+        for step in steps:
             discard(directory / str(step))
-        return surplus
+        return steps
     finally:
         lock.release()
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from shardlm.runtime.folders import discard, sweep
@@ -184,14 +185,9 @@ class Checkpoints:
 
     def _remove_surplus(self) -> None:
         """Removes what is not to stay. What is seen to be damaged stays, and is not counted."""
-        losses: dict[int, float | None] = {}
         if self.retention.keep is None:
             return
-        for step in steps_in(self.directory):
-            with contextlib.suppress(ValueError, OSError):
-                loss = read_record(self.directory / str(step)).get("loss")
-                losses[step] = loss if finite(loss) else None
-        for step in self.retention.surplus(losses):
+        for step in surplus(self.directory, self.retention):
             with contextlib.suppress(OSError):  # a full or read-only disk is said by the save that meets it
                 discard(self.directory / str(step))
 
@@ -205,3 +201,20 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         sweep(self.directory, str.isdecimal)
+
+
+def surplus(directory: Path, retention: Retention) -> list[int]:
+    """Steps of a run's folder that are not to stay, ascending.
+
+    What is damaged stays, and is not counted. What a link that stays leads to stays as well.
+    """
+    losses: dict[int, float | None] = {}
+    for step in steps_in(directory):
+        with contextlib.suppress(ValueError, OSError):
+            loss = read_record(directory / str(step)).get("loss")
+            losses[step] = loss if finite(loss) else None
+    gone = retention.surplus(losses)
+    needed = {(directory / str(step)).resolve() for step in losses.keys() - set(gone)}
+    return [
+        step for step in gone if (directory / str(step)).is_symlink() or directory.resolve() / str(step) not in needed
+    ]

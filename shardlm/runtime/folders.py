@@ -47,6 +47,8 @@ class Work:
 
     def __init__(self, target: Path, why: str = SAVING):
         self.target = target
+        if target.parent.exists() and not target.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target.parent))
         target.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(100):
             self.folder = target.parent / f"{target.name}.{why}-{secrets.token_hex(4)}"

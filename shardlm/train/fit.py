@@ -74,6 +74,9 @@ class FitOptions:
             for name in ("tensorboard", "verbose", "accept_changes")
             if not isinstance(value := getattr(self, name), bool)
         ]
+        for name in ("checkpoint_dir", "log_dir"):
+            if (path := getattr(self, name)) is not None and path.exists() and not path.is_dir():
+                problems.append(f"{name}={str(path)!r} is no folder")
         held_out = self.held_out
         if self.evaluate_every is not None and held_out is None:
             problems.append("evaluate_every needs held_out, the batches to evaluate on")
@@ -144,7 +147,8 @@ def _fit(
     check_usable(state, trainer.abstract_state)
     start = int(state.step)
     log_dir = options.log_dir or directory
-    with Progress(
+    with together.by_all(
+        Progress,
         total=steps,
         start=start,
         log_every=options.log_every,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from shardlm.checkpoint.processes import errors_of_all
 from shardlm.inspect.ledger import ledger
 from shardlm.runtime import begin
 from shardlm.runtime.agreement import agree
@@ -39,6 +40,18 @@ def check_run(trainer: "Trainer", asked: Mapping[str, Any]) -> None:
     """The same for what `fit` is asked for, before it restores a checkpoint."""
     if spans_processes(trainer):
         agree("fit", facts(trainer) | dict(asked))
+
+
+def by_all(make: Callable[..., Any], **given: Any) -> Any:
+    """What `make` makes on each process of a run, which all come here. An OSError of one of them is raised on all."""
+    made, error = None, None
+    try:
+        made = make(**given)
+    except OSError as caught:
+        error = caught
+    if text := errors_of_all(error):
+        raise error or OSError(text)
+    return made
 
 
 def spans_processes(trainer: "Trainer") -> bool:

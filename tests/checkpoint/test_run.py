@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from shardlm.checkpoint import Checkpoints, CheckpointWarning, DamagedCheckpoint, SaveError, run
+from shardlm.checkpoint import Checkpoints, CheckpointWarning, DamagedCheckpoint, SaveError, command, run
 from shardlm.checkpoint.retention import Retention
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +146,17 @@ def test_a_step_that_is_a_link_does_not_end_the_run(tmp_path):
             checkpoints.save(step, {"x": jnp.ones(3)})
     assert sorted(os.listdir(run)) == ["4.damaged", "5", "7"]
     assert os.listdir(tmp_path / "large") == ["3"]  # the link alone is removed
+
+
+def test_what_a_link_that_stays_leads_to_stays_as_well(tmp_path):
+    with Checkpoints(tmp_path, keep=None) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"x": jnp.ones(3)})
+    (tmp_path / "7").symlink_to("1")
+    (tmp_path / "3").symlink_to("2")
+    assert run.surplus(tmp_path, Retention(1)) == [2, 3]
+    assert command.prune(tmp_path, Retention(1)) == [2, 3]
+    assert sorted(os.listdir(tmp_path)) == ["1", "7"]
 
 
 def test_an_error_after_the_commit_is_a_warning_and_the_step_is_saved(tmp_path, monkeypatch):

@@ -90,6 +90,18 @@ def test_links_and_pipes_anywhere_in_a_checkpoint_are_refused(step, tmp_path, na
         restore(step, TARGET)
 
 
+def test_what_reads_the_arrays_does_not_leave_their_folder(step, tmp_path):
+    """TensorStore looks up whatever its own files name by keys of this kind."""
+    import tensorstore
+
+    (tmp_path / "run/victim").write_text("precious")
+    store = tensorstore.KvStore.open({"driver": "file", "path": f"{step}/"}).result()
+    assert store.read("metadata.json").result().value
+    for name in ("../victim", "state/../../victim", f"{tmp_path}/run/victim"):
+        with pytest.raises(ValueError, match="Invalid key"):
+            store.read(name).result()
+
+
 def test_what_metadata_json_is_decides_before_it_is_read(step, monkeypatch):
     path = step / "metadata.json"
     content = path.read_bytes()

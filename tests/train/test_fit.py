@@ -20,7 +20,7 @@ import optax
 import pytest
 
 import shardlm as sl
-from shardlm.checkpoint import Checkpoints
+from shardlm.checkpoint import Checkpoints, record
 from shardlm.data import Batches
 from shardlm.data.packing import Packed
 from shardlm.train import fit as module
@@ -506,6 +506,22 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_first_step(tr
         trainer.fit(iter(()), STEPS, checkpoint_dir=tmp_path / "file/run", verbose=False, log_dir=tmp_path)
 
 
+def test_metadata_that_somebody_else_wrote_is_one_clear_error(trainer, tmp_path):
+    fit(trainer, steps=1, checkpoint_dir=tmp_path)
+    content = record.read_record(tmp_path / "1")
+    content.pop("digest")
+    for changes, message in (
+        ({"tokens": "many"}, "was not saved by fit: its metadata has tokens='many'"),
+        ({"tokens": float("nan")}, "was not saved by fit: its metadata has tokens=nan"),
+        ({"layout": ["\x1b[2J"], "versions": 3}, r"its metadata has layout=\['\\x1b\[2J'\], versions=3"),
+        ({"config": []}, r"its metadata has config=\[\]"),
+        ({"config": {"type": []}}, "these values are not those of a configuration"),
+    ):
+        record.write_record(tmp_path / "1", content | {"metadata": content["metadata"] | changes})
+        with pytest.raises(ValueError, match=message):
+            trainer.fit(BATCHES, STEPS, checkpoint_dir=tmp_path, verbose=False)
+
+
 # Two runs on one folder
 
 
@@ -729,6 +745,7 @@ def test_an_evaluation_that_fails_loses_no_step(trainer, tmp_path):
         ({"checkpoint_dir": "s3://bucket/run"}, "checkpoint_dir='s3://bucket/run' is an address: give a local folder"),
         ({"checkpoint_dir": Path("gs://bucket/run")}, "checkpoint_dir='gs:/bucket/run' is an address"),
         ({"checkpoint_dir": ""}, "checkpoint_dir='' is empty"),
+        ({"checkpoint_dir": "/dev/null", "log_dir": __file__}, "checkpoint_dir=.* is no folder; log_dir=.* is no f"),
     ],
 )  # fmt: skip
 def test_an_option_out_of_range_is_an_error(trainer, options, message):
