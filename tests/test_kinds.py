@@ -76,11 +76,11 @@ def test_what_is_no_configuration(config, message, tmp_path):
 
 def test_what_is_no_parameters(trainer, state, tmp_path):
     wrong = [
-        (state, "params is a TrainState: give the TrainState's own: .params"),
-        (trainer, "params is a Trainer: "),
-        ((CONFIG, state.params, None), "params is a tuple: sl.load_hf returns (config, params, tokenizer)"),
-        (None, "params is None: it is the nested dict of arrays that state.params is"),
-        ("runs/a", "params is the string 'runs/a': "),
+        (state, "params is a TrainState; give the TrainState's own: .params"),
+        (trainer, "params is a Trainer; "),
+        ((CONFIG, state.params, None), "params is a tuple; sl.load_hf returns (config, params, tokenizer)"),
+        (None, "params is None; it is the nested dict of arrays that state.params is"),
+        ("runs/a", "params is the string 'runs/a'; "),
     ]
     for params, message in wrong:
         calls = [
