@@ -55,10 +55,10 @@ def convert(options: argparse.Namespace) -> int:
     source = Path(options.source).expanduser()
     step = checkpoint_of(source)
     if step is not None or not source.is_dir():
-        what = _checkpoint(step or source, options, dtype)
+        what, without = _checkpoint(step or source, options, dtype)
     else:
-        what = _folder(source, options, None if dtype is None else legal[dtype])
-    print(f"{what} from {options.source} to {options.target}")
+        what, without = _folder(source, options, None if dtype is None else legal[dtype]), ""
+    print(f"{what} from {options.source} to {options.target}{without}")
     return 0
 
 
@@ -98,7 +98,7 @@ def _cast(files: Tensors, name: str, dtype: np.dtype) -> Callable[[], np.ndarray
     return make
 
 
-def _checkpoint(source: Path, options: argparse.Namespace, dtype: str | None) -> str:
+def _checkpoint(source: Path, options: argparse.Namespace, dtype: str | None) -> tuple[str, str]:
     """By way of the parameters, without the optimizer's state, on the CPU."""
     config, params = load_checkpoint(source, devices=jax.devices("cpu")[:1])
     tokenizer = load_tokenizer(source)
@@ -107,5 +107,5 @@ def _checkpoint(source: Path, options: argparse.Namespace, dtype: str | None) ->
         config = dataclasses.replace(config, param_dtype=dtype)
     written = tokenizer if can_be_written(tokenizer) else None
     save_hf(options.target, config, params, written, options.max_shard_size, overwrite=options.overwrite)
-    without = "" if written is not None else f", without a tokenizer, {why_not(tokenizer)},"
-    return f"{count_parameters(config):,} parameters in {config.param_dtype}{without}"
+    without = "" if written is not None else f", without a tokenizer, {why_not(tokenizer)}"
+    return f"{count_parameters(config):,} parameters in {config.param_dtype}", without
