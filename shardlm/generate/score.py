@@ -18,6 +18,7 @@ from shardlm.generate.judge import Span, cut, judge
 from shardlm.generate.requests import encode
 from shardlm.layout import Layout
 from shardlm.models.config import TransformerConfig
+from shardlm.models.kinds import require_config
 from shardlm.train.engine import Parameters
 
 _WINDOW = 1024
@@ -87,7 +88,7 @@ def loglikelihood(
         ValueError: a pair is too long, or empty; an argument does not fit.
     """
     prefix = _prefix(prefix, tokenizer)
-    most = _least(max_length, config.max_sequence)
+    most = _least(max_length, require_config(config).max_sequence)
     rows: list[np.ndarray] = []
     spans: list[list[Span]] = []
     for i, (context, continuation) in enumerate(pairs):
@@ -291,6 +292,7 @@ def _prefix(prefix: int | None, tokenizer: Any) -> int | None:
 
 
 def _window(config: TransformerConfig, window: int | None) -> int:
+    require_config(config)
     if window is None:
         return config.max_sequence or _WINDOW
     most = config.max_sequence

@@ -12,6 +12,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm.train import engine
+from shardlm.train.kinds import require_trainer
 from shardlm.train.program import require_devices
 from shardlm.train.state import TrainState, check_usable
 
@@ -47,6 +48,7 @@ def sample(
     Raises:
         ValueError: an argument is out of range, or the window does not fit the model or its layout.
     """
+    require_trainer(trainer)
     require_devices(trainer.mesh)
     check_usable(state, trainer.abstract_state)
     ids = np.asarray(prompt)
