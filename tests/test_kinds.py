@@ -292,8 +292,10 @@ def test_options_are_taken_by_their_whole_names_alone(name, capsys):
 
 
 def test_an_option_that_is_none_is_told_its_like(capsys):
-    for words, message in (("train --step 100", "--step 100 (did you mean --steps?)"),
-                           ("explain --layout fsdp=2 --batch 3", "--batch 3 (did you mean --batch-size?)")):  # fmt: skip
+    for words, message in (
+        ("train --step 100", "--step 100 (did you mean --steps?)"),
+        ("explain --layout fsdp=2 --batch 3", "--batch 3 (did you mean --batch-size?)"),
+    ):
         with pytest.raises(SystemExit):
             main(words.split())
         assert f"unrecognized arguments: {message}" in capsys.readouterr().err
