@@ -23,7 +23,7 @@ def command_lines() -> list[list[str]]:
     lines = []
     for kind, text in BLOCKS:
         for line in text.replace("\\\n", " ").splitlines() if kind == "sh" else ():
-            for part in line.split("&&"):
+            for part in filter(lambda part: " -m shardlm" in part, line.split("&&")):
                 words = shlex.split(part, comments=True)
                 if (
                     words[:1]

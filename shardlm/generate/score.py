@@ -373,6 +373,7 @@ def _listed(name: str, values: Any) -> list[Any]:
 
 
 def _window(config: TransformerConfig, window: int | None) -> int:
+    require_config(config)
     if window is None:
         return config.max_sequence or _WINDOW
     most = config.max_sequence

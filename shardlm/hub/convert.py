@@ -77,12 +77,12 @@ def convert(options: argparse.Namespace) -> int:
     if step is not None or not source.is_dir():
         if options.ignore_fields:
             raise ValueError(f"--ignore-fields is of a Hugging Face folder, and {source} is a checkpoint")
-        what = _checkpoint(step or source, options, dtype)
+        what, without = _checkpoint(step or source, options, dtype)
     else:
         if options.like is not None:
             raise ValueError(f"--like is for a checkpoint, and {source} is a Hugging Face folder: its own files go out")
-        what = _folder(source, options, None if dtype is None else legal[dtype])
-    print(f"{what} from {options.source} to {options.target}")
+        what, without = _folder(source, options, None if dtype is None else legal[dtype]), ""
+    print(f"{what} from {options.source} to {options.target}{without}")
     return 0
 
 
@@ -126,7 +126,7 @@ def _cast(files: Tensors, name: str, dtype: np.dtype, broken: set[str]) -> Calla
     return make
 
 
-def _checkpoint(source: Path, options: argparse.Namespace, dtype: str | None) -> str:
+def _checkpoint(source: Path, options: argparse.Namespace, dtype: str | None) -> tuple[str, str]:
     """By way of the parameters, without the optimizer's state, on the CPU."""
     config, params = load_checkpoint(source, devices=jax.devices("cpu")[:1])
     tokenizer = load_tokenizer(source)
@@ -136,5 +136,5 @@ def _checkpoint(source: Path, options: argparse.Namespace, dtype: str | None) ->
     written = tokenizer if can_be_written(tokenizer) else None
     overwrite, like = options.overwrite, options.like
     save_hf(options.target, config, params, written, options.max_shard_size, overwrite=overwrite, like=like)
-    without = "" if written is not None else f", without a tokenizer, {why_not(tokenizer)},"
-    return f"{count_parameters(config):,} parameters in {config.param_dtype}{without}"
+    without = "" if written is not None else f", without a tokenizer, {why_not(tokenizer)}"
+    return f"{count_parameters(config):,} parameters in {config.param_dtype}", without

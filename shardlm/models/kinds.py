@@ -47,7 +47,7 @@ def require_params(params: Any, where: str = "params") -> Mapping[str, Any]:
         )
     else:
         how = "it is the nested dict of arrays that state.params is"
-    raise TypeError(f"{where} is {kind(params)}: {how}")
+    raise TypeError(f"{where} is {kind(params)}; {how}")
 
 
 def kind(value: Any) -> str:

@@ -25,6 +25,8 @@ def require_optimizer(optimizer: Any) -> Any:
         return optimizer
     if isinstance(optimizer, str):
         how = f"make one: optax.{optimizer.strip().lower() or 'adam'}(1e-3), or sl.adamw(1e-3, steps=1000)"
+    elif getattr(optimizer, "__name__", "") in ("<lambda>", "schedule"):
+        how = "a schedule goes into one: optax.adam(schedule)"
     elif callable(optimizer) and hasattr(optimizer, "__name__"):
         steps = ", steps=1000" if optimizer.__module__.startswith("shardlm") else ""
         how = f"call it: {optimizer.__name__}(1e-3{steps})"

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm._errors import is_int
 from shardlm.train import engine, room
+from shardlm.train.kinds import require_trainer
 from shardlm.train.program import require_devices
 from shardlm.train.state import TrainState, check_usable
 
@@ -51,6 +52,7 @@ def sample(
     Raises:
         ValueError: an argument is out of range, or the window does not fit the model or its layout.
     """
+    require_trainer(trainer)
     require_devices(trainer.mesh)
     check_usable(state, trainer.abstract_state)
     try:

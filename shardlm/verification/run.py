@@ -84,7 +84,11 @@ def verify(
         if names:
             raise ValueError(f"verify: the trainer has its own {' and '.join(names)}: leave out {', '.join(names)}=")
         return _verify(subject, batch, steps, seed, tolerance, ())
-    require_config(subject, "what verify is to check, a configuration or a Trainer,")
+    try:
+        require_config(subject)
+    except TypeError as error:
+        name = type(subject).__name__
+        raise TypeError(f"verify takes a TransformerConfig or a Trainer, not a {name}: {error}") from error
     if layout is None:
         raise ValueError("verify: with a configuration goes a layout to verify, as in sl.Layout(data=2, tensor=2)")
     layout = Layout.of(layout)

@@ -150,7 +150,7 @@ def test_other_parameters_are_one_error():
         "layers/mlp/up/kernel is missing",
     ):
         assert text in str(error.value)
-    with pytest.raises(ValueError, match="params is a list; it is the nested dict"):
+    with pytest.raises(TypeError, match="params is a list; it is the nested dict"):
         sharded(MIXED, "data=1").place([1])
 
 
