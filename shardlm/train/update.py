@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import optax
 from jax import Array
+from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
 from shardlm.dims import Split
@@ -110,17 +111,24 @@ class Update:
     def cost(self) -> tuple[float, int]:
         """Bytes that a device sends to rearrange arrays for one update, and bytes of the copies that it then holds."""
         sent, held = 0.0, 0
-        for keys, x in _paths(self.model_arguments) if self.rearranges else ():
-            path = owner(keys, self._views)
-            if path is None or x.shape != self._views[path].shape:
+        for used, (keys, x) in zip(self._used, _paths(self.model_arguments), strict=True) if self.rearranges else ():
+            path, is_parameter = owner(keys, self._views), keys[0].idx == 2
+            if path is None or x.shape != self._views[path].shape or (is_parameter and not used):
                 continue
-            view, is_parameter = self._views[path], keys[0].idx == 2
             # The state goes back, and so do updates, as many as there are gradients; parameters do not.
+            view = self._views[path]
             back = 0.0 if is_parameter or view.dim is None else view.sent(x.dtype.itemsize)
             sent += view.sent(x.dtype.itemsize) + back
             shard = NamedSharding(view.mesh, view.spec).shard_shape(view.shape)
             held += (1 if is_parameter else 2) * math.prod(shard) * x.dtype.itemsize
         return sent, held
+
+    @property
+    def _used(self) -> list[bool]:
+        """Of each argument, whether the optimizer reads it: the compiler drops what is not."""
+        program = jax.make_jaxpr(self.raw)(*self.model_arguments).jaxpr
+        read = {x for equation in program.eqns for x in equation.invars if not isinstance(x, Literal)}
+        return [x in read for x in program.invars]
 
     def check(self) -> None:
         """Raise ValueError for an optimizer that a step cannot serve, in which one sentence says why."""
