@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 import shardlm as sl
 from shardlm._command_line import HeldOut, Help, Parser, at_least, program
@@ -257,18 +256,10 @@ def _show_sample(
     trainer: sl.Trainer, state: sl.TrainState, tokenizer: Any, options: argparse.Namespace, say: Any
 ) -> None:
     began = time.perf_counter()
-    first = getattr(tokenizer, "begin", tokenizer.end)
-    start = [] if first is None else [first]
-    prompt = np.concatenate([start, tokenizer.encode(options.prompt)]).astype(np.int32)
     ids = sl.sample(
-        trainer,
-        state,
-        prompt,
-        tokens=options.sample,
-        window=options.sequence,
-        temperature=options.temperature,
-        seed=options.seed,
-    )
+        trainer, state, generation.prompt_ids(tokenizer, options.prompt), tokens=options.sample,
+        window=options.sequence, temperature=options.temperature, seed=options.seed,
+    )  # fmt: skip
     took = time.perf_counter() - began
     say(
         f"\nsample at temperature {options.temperature:g}, {len(ids)} tokens in {took:.1f} s, after {options.prompt!r}:"

@@ -115,8 +115,10 @@ def _load(options: argparse.Namespace, layout: Layout | None) -> tuple[Transform
                 f"{tokenizer.vocab_size}: call sl.generate(..., tokenizer=...) in Python, or save the checkpoint "
                 "with its tokenizer, by fit(..., tokenizer=) or sl.save(..., tokenizer=)"
             )
-    # A text begins as those of training did.
+    return config, params, tokenizer, [prompt_ids(tokenizer, prompt) for prompt in options.prompt]
+
+
+def prompt_ids(tokenizer: Any, text: str) -> np.ndarray:
+    """The ids of a prompt, int32[n], for a model trained by shardlm: it begins as the texts of training did."""
     first = getattr(tokenizer, "begin", tokenizer.end)
-    begin = [] if first is None else [first]
-    prompts = [np.concatenate([begin, tokenizer.encode(prompt)]).astype(np.int32) for prompt in options.prompt]
-    return config, params, tokenizer, prompts
+    return np.concatenate([[] if first is None else [first], tokenizer.encode(text)]).astype(np.int32)
