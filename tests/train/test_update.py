@@ -230,7 +230,7 @@ def test_explain_says_what_the_rearrangement_costs():
     ("optimizer", "message"),
     [
         (lambda: optax.lbfgs(), "value_fn"),
-        (lambda: optax.dpsgd(0.1, 1.0, 1.0, key=0), "batch dimension"),
+        (lambda: optax.contrib.differentially_private_aggregate(1.0, 1.0, key=0), "batch dimension"),
         (lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True), "grad_fn"),
         (lambda: optax.stateless(lambda g, p: jax.tree.map(jnp.sum, g)), "has shape .* and had"),
     ],
