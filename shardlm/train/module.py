@@ -15,6 +15,7 @@ microbatch starts from the step's parameters; what the last one assigns stays.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from shardlm._text import fold, size
 from shardlm.dims import DimTable
 from shardlm.layout import Layout
 from shardlm.rules import ParameterTable, match_rules, split_annotated
-from shardlm.train import rows
+from shardlm.train import gathered, rows
 from shardlm.train.anatomy import Anatomy
 from shardlm.train.assigned import handed_through
 from shardlm.train.engine import Parameters, flatten, unflatten
@@ -158,7 +159,9 @@ class ModuleProgram:
         changed = self._assigns(flat, flatten(variables), first, key)
 
         def run(part: dict[str, Array], variables: dict[str, Array], batch: Any, key: Array):
-            total, weight, carried, after = self._loss(flat | part, variables, batch, key)
+            total, weight, carried, after = self._loss(
+                gathered.gather(flat | part, self._to_gather), variables, batch, key
+            )
             return total, (weight, carried, {path: after[path] for path in changed})
 
         loss = jax.value_and_grad(run, has_aux=True)
@@ -190,8 +193,13 @@ class ModuleProgram:
     def evaluate(self, params: Parameters, batch: Any, variables: Variables | None = None) -> tuple[Array, Array]:
         """Sum of losses and of weights under `module.eval()`; what it does to the variables is not kept."""
         key = jax.random.key(0)
-        module = self.anatomy.assemble(flatten(params), flatten(variables or {}), key, training=False)
+        flat = gathered.gather(flatten(params), self._to_gather)
+        module = self.anatomy.assemble(flat, flatten(variables or {}), key, training=False)
         return _pair(self.loss_fn(module, batch))
+
+    @cached_property
+    def _to_gather(self) -> dict[str, NamedSharding]:
+        return gathered.shardings(self.plan.splits, self.plan.mesh, self.plan.layout.batch_axes)
 
     def stored(self, shards: Parameters) -> Parameters:
         """Updated parameters where they are stored; the compiler gathers them."""
@@ -250,6 +258,7 @@ class ModuleProgram:
         if sizes and whole:
             named = ", ".join(f"{path} {self.plan.splits[path].shape}" for path in whole)
             lines.append(f"parameters that no axis splits: {named}")
+        lines += gathered.describe(self._to_gather, self.anatomy.parameters.shapes)
         frozen = self.anatomy.parameters.shapes.keys() - self.anatomy.trained
         if frozen:
             kept = {path: split for path, split in self.plan.splits.items() if not split.frozen}

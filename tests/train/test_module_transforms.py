@@ -92,8 +92,7 @@ RULES = [(r"kernel|lora_b", P(None, "tensor")), (r".*", P())]
 STACKED = [(r"(layers|heads)/kernel", P(None, None, "tensor")), *RULES]
 CASES = {
     "transformed": (Transformed, nnx.Param, "data=2,fsdp=2,tensor=2", STACKED),
-    # On that layout XLA's partitioner gives this one the right loss and a wrong gradient (jax 0.10.2).
-    "all of them": (functools.partial(Transformed, all_of_them=True), nnx.Param, "data=1", STACKED),
+    "all of them": (functools.partial(Transformed, all_of_them=True), nnx.Param, "data=2,fsdp=2,tensor=2", STACKED),
     "rewritten": (Rewritten, nnx.Param, "fsdp=2,tensor=2,zero=1", RULES),
     # The power iteration of a spectral norm goes on from microbatch to microbatch: it is left out here.
     "adapted": (functools.partial(Rewritten, spectral=False), nnx.LoRAParam, "fsdp=2,tensor=2,accumulate=2", RULES),
