@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 # Before the import, so that the processes that tests start also stay on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nor does the terminal's width, which pytest-xdist hands to its workers, fold what tests compare.
+os.environ.pop("COLUMNS", None)
 
 import jax
 import pytest

@@ -182,7 +182,8 @@ def prepare(
     rows = rows_of(model.layout, len(found), batch_size)
     detokenizer = None if tokenizer is None else Detokenizer(tokenizer, ends, strings)
     cache = model.cache_bytes(rows * beams, length, min(chunk, length))
-    return Job(model, model.place(params, cache), found, ends, detokenizer, rows, length, min(chunk, length))
+    what = f"generation of {rows * beams:,} rows of up to {length:,} tokens"
+    return Job(model, model.place(params, cache, what), found, ends, detokenizer, rows, length, min(chunk, length))
 
 
 def rows_of(layout: Layout, count: int, batch_size: int | None) -> int:

@@ -58,7 +58,7 @@ def apply_template(
     try:
         import jinja2
     except ImportError as error:
-        raise ImportError("to apply a chat template: pip install -e '.[eval]'") from error
+        raise ImportError(f"to apply a chat template: {install('eval')}") from error
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     variables: dict[str, Any] = {name: text for name in names if (text := _token(tokenizer, name))}
     variables |= dict(settings or {})

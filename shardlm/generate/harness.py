@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shardlm._extras import install
 from shardlm.generate import score
 from shardlm.generate.chat import apply_template, chat_template
 from shardlm.generate.encode import begin_token, decode, encode, prefix_token
@@ -69,7 +70,7 @@ def _harness_model() -> type:
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
     except ImportError as error:
-        raise ImportError("to evaluate with the lm-evaluation-harness: pip install -e '.[eval]'") from error
+        raise ImportError(f"to evaluate with the lm-evaluation-harness: {install('eval')}") from error
 
     class HarnessModel(_Requests, LM):
         """A model of shardlm that the lm-evaluation-harness asks; see the head of this file.

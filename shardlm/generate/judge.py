@@ -59,7 +59,8 @@ def judge(
     parts.sort(key=lambda part: part[1].start - part[1].end)  # the longest first, so that a batch has equal lengths
     length = room(max(span.end - 1 - span.start for _, span in parts), config.max_sequence)
     count, chunk = rows_of(model.layout, len(parts), batch_size), min(chunk, length)
-    params = model.place(params, model.cache_bytes(count, length, chunk))
+    what = f"scoring of {count:,} rows of up to {length:,} tokens"
+    params = model.place(params, model.cache_bytes(count, length, chunk), what)
     judge = _compiled(model, count, length, chunk)
     start, run = programs(model, count, length, chunk).start, programs(model, count, length, chunk).run
     found: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}

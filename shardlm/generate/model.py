@@ -96,12 +96,13 @@ class ShardedModel:
         """Of an array with these dims."""
         return NamedSharding(self.plan.mesh, self.spec(*dims))
 
-    def place(self, params: Parameters, cache: int = 0) -> Parameters:
+    def place(self, params: Parameters, cache: int = 0, what: str = "generation") -> Parameters:
         """Parameters on this layout, from any other or from the host; what is there already is not moved.
 
         Args:
             params: of `config`.
             cache: bytes of cache on each device, which must fit beside them.
+            what: is to be done with them, for the error.
 
         Raises:
             ValueError: they are not those of `config`, or do not fit in memory.
@@ -121,7 +122,7 @@ class ShardedModel:
         missing = sum(self._shard_bytes(path) for path in expected if not self._is_there(path, given[path]))
         needs = {"parameters not there yet": missing, "the cache": cache}
         hint = " Take fewer rows at a time (batch_size), shorter ones (max_length), more devices, or a smaller dtype"
-        room.require(needs, list(self.plan.mesh.devices.flat), "generation", lambda _: hint)
+        room.require(needs, list(self.plan.mesh.devices.flat), what, lambda _: hint)
         return unflatten({path: self._placed(path, given[path], expected[path].shape) for path in expected})
 
     def empty_cache(self, rows: int, max_length: int, added: int) -> Cache:

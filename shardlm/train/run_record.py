@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 
+from shardlm.checkpoint.keys import as_numbers
 from shardlm.train.engine import flatten, unflatten
 from shardlm.train.frozen import trained
 
@@ -119,7 +120,7 @@ def _digest(program: Any, text: str) -> str:
     """A digest of a traced program's words, whatever order sets are printed in, and of its arrays."""
     digest = hashlib.sha256(json.dumps(sorted(Counter(re.findall(r"[\w.+-]+", text)).items())).encode())
     for constant in program.consts:
-        digest.update(np.asarray(constant).tobytes())
+        digest.update(np.asarray(as_numbers(constant)).tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from shardlm._arguments import LARGEST_SEED, not_integer
 from shardlm._errors import is_int
 from shardlm.train import engine, room
 from shardlm.train.kinds import require_trainer
@@ -69,10 +70,10 @@ def sample(
     legal = {
         "window": (window, is_int(window) and window >= 1, "a whole number from 1"),
         "tokens": (tokens, is_int(tokens) and tokens >= 1, "a whole number from 1"),
-        "seed": (seed, is_int(seed) and 0 <= seed < 2**32, f"a whole number from 0 to {2**32 - 1}"),
         "temperature": (temperature, _is_temperature(temperature), f"0, or a finite number from {_COLDEST}"),
     }
-    if problems := [f"{name}={value!r} is not {what}" for name, (value, good, what) in legal.items() if not good]:
+    problems = [f"{name}={value!r}; it is {what}" for name, (value, good, what) in legal.items() if not good]
+    if problems := [*problems, *filter(None, [not_integer("seed", seed, 0, LARGEST_SEED)])]:
         raise ValueError(f"sample: {'; '.join(problems)}")
     trainer.layout.check(trainer.config, sequence=window)
     forward, rows = engine.logits(trainer.plan), trainer.layout.batch_shards

@@ -71,7 +71,9 @@ def _positions(runs: Forwards) -> Iterator[tuple[Diagnosis, np.ndarray]]:
             ("every device counts from 0", np.broadcast_to(np.arange(length) % part, right.shape)),
             ("the parts' positions are in reverse", np.concatenate(np.split(right, count, 1)[::-1], 1)),
         ):
-            if runs.trainer.config.max_sequence is None or positions.min() >= 0:  # RoPE takes any
+            if runs.trainer.config.max_sequence is None:  # to RoPE only differences matter, and a batch's begin at 0
+                positions = positions - min(positions.min(), 0)
+            if positions.min() >= 0:
                 text = f"the sequence is in {count} parts over {axis}, and {text}"
                 yield Diagnosis("positions", text, str(axis), "sequence"), positions.astype(np.int32)
     plain = np.broadcast_to(np.arange(length, dtype=np.int32), right.shape)

@@ -158,7 +158,12 @@ def test_spans_judge_every_token_but_the_first_once():
         ("perplexity", [[1, 2]], {"window": 25, "config": LEARNED}, "window=25 is not a whole number from 1 to 24"),
         ("perplexity", [[1, 2]], {"chunk": 0}, "chunk=0 is not a whole number from 1"),
         ("choose", [([1], [])], {}, "question 0 has no choices"),
-        ("loglikelihood", [([1], [2])], {"batch_size": 10**12}, "1,000,000,000,000 rows of up to 128 tokens need"),
+        (
+            "loglikelihood",
+            [([1], [2])],
+            {"batch_size": 10**12},
+            "1,000,000,000,000 rows of up to 128 tokens does",
+        ),
         ("loglikelihood", ["ab"], {}, r"pair 0 is 'ab'; it is \(context, continuation\)"),
         ("loglikelihood", [([1], [2])], {"prefix": True}, "prefix=True is no id of the model, which has 0 to 66"),
         ("loglikelihood", [([1], [2])], {"max_length": 0}, "max_length=0 is not a whole number from 1, or None"),

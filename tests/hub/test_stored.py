@@ -151,7 +151,8 @@ def test_a_run_with_bpe_can_be_asked_converted_begun_from_and_gone_on_with(tmp_p
     )
 
     others = ("train --data", tmp_path / "b.txt", SIZES, layout)
-    status, output, errors = run(*others, "--tokenizer bpe:280 --steps 2 --checkpoint-dir", tmp_path / "run")
+    more = "--tokenizer bpe:280 --steps 2 --accept-changes --checkpoint-dir"
+    status, output, errors = run(*others, more, tmp_path / "run")
     assert status == 0 and f"BPETokenizer(vocab_size={vocabulary})" in output, errors
     status, _, errors = run(*others, "--tokenizer bytes --steps 3 --checkpoint-dir", tmp_path / "run")
     assert status == 2 and re.search(r"--tokenizer bytes, and the checkpoints in .*/run are of BPETokenizer", errors)
