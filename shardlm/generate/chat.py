@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from shardlm._extras import install
+
 _OPEN = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
