@@ -52,11 +52,18 @@ def not_integer(name: str, value: Any, least: int, most: float = math.inf) -> st
 
 def not_number(name: str, value: Any, least: float, most: float = math.inf, *, open_end: bool = False) -> str:
     """The same of a finite number; `open_end` excludes the upper limit."""
-    is_real = isinstance(value, Real) and not isinstance(value, bool | np.bool_) and math.isfinite(value)
+    is_real = isinstance(value, Real) and not isinstance(value, bool | np.bool_) and _is_finite(value)
     if is_real and least <= float(value) and (float(value) < most if open_end else float(value) <= most):  # type: ignore[arg-type]
         return ""
     upper = f" {'below' if open_end else 'to'} {most:g}" if most < math.inf else " on"
     return f"{name}={_shown(value)}; it is a number from {least:g}{upper}"
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the largest float
+        return False
 
 
 def is_masked(value: Any) -> bool:

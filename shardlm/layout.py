@@ -57,7 +57,7 @@ class Layout:
         remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or "full".
         reduce_gradients: when gradients are summed over the batch axes: "layer" is inside the backward pass, layer by
             layer (it can overlap with computation), "step" is once after it. None is "layer" without accumulation and
-            "step" with it; `gradient_reduction` is what it comes to.
+            "step" with it; `gradient_reduction` says which one it is.
 
         pipeline: how the stages of `pipe` take turns; default `Pipeline()` where there are several.
 

@@ -11,8 +11,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from shardlm._errors import is_int
 from shardlm.hub.fields import Fields
+from shardlm.hub.kinds import is_number
+from shardlm.hub.patterns import compile_pattern
 
 _HARMLESS = {
     "says where the file came from": "auto_mapping base_model_name_or_path peft_version revision",
@@ -45,6 +49,8 @@ NOTHING_AT: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_qalora": ((False, None), "inputs averaged in groups before the adapters"),
     "velora_config": ((None,), "another backward pass"),
 }
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 # How A and B began. Only the first ones leave the weights of the model as they are.
 _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -145,7 +151,7 @@ def _chosen(fields: Fields, projections: Sequence[str], others: Sequence[str]) -
     layers = fields.take("layers_to_transform", None)
     numbers = [layers] if is_int(layers) else layers
     if not (numbers is None or (isinstance(numbers, list) and all(is_int(n) for n in numbers))):
-        fields.refuse("layers_to_transform", "it is the number of a layer, a list of such, or null")
+        fields.refuse("layers_to_transform", "it is the number of a layer, a list of numbers, or null")
         numbers = None
     if numbers and isinstance(targets, str):
         fields.refuse("layers_to_transform", "it goes with a list of target_modules, not with a string")
@@ -160,7 +166,7 @@ def _chosen(fields: Fields, projections: Sequence[str], others: Sequence[str]) -
                 matched = [x for x in matched if x in targets or _layer(x, patterns) in numbers]
         if excluded:
             matched = [x for x in matched if not _matches("exclude_modules", excluded, x)]
-    except (TypeError, re.error) as error:
+    except (TypeError, ValueError) as error:
         fields.problems.append(str(error))
         return []
     if beside := [x for x in matched if x in others]:
@@ -179,9 +185,9 @@ def _matches(field: str, names: Any, module: str) -> bool:
     """Whether a regular expression is the whole name, or one of a list is the name or the end of it."""
     if isinstance(names, str):
         try:
-            return re.fullmatch(names, module) is not None
-        except re.error as error:
-            raise re.error(f"{field}={names!r}: not a regular expression: {error}") from error
+            return compile_pattern(names).fullmatch(module) is not None
+        except ValueError as error:
+            raise ValueError(f"{field}={names!r}: {error}") from error
     if not isinstance(names, list) or any(not isinstance(name, str) for name in names):
         raise TypeError(f"{field}={names!r}: it is a list of names, or one regular expression")
     return any(module == name or module.endswith(f".{name}") for name in names)
@@ -189,6 +195,11 @@ def _matches(field: str, names: Any, module: str) -> bool:
 
 def _layer(module: str, patterns: Sequence[str] | None) -> int | None:
     """The number of the layer in a module's name: the first one that follows what `patterns` names, or anything."""
+    for pattern in patterns or ():
+        try:
+            compile_pattern(pattern)
+        except ValueError as error:
+            raise ValueError(f"layers_pattern={pattern!r}: {error}") from error
     expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] if patterns else [r".*?\.[^.]*\.(\d+)\."]
     found = next((m for e in expressions if (m := re.match(e, module))), None)
     return None if found is None else int(found[1])
@@ -209,9 +220,9 @@ class _Numbers:
                 fields.problems.append(f"{where}={value!r}: it is {what}")
         for key in self._patterns:
             try:
-                re.compile(key)
-            except re.error as error:
-                fields.problems.append(f"{pattern}[{key!r}]: not a regular expression: {error}")
+                compile_pattern(key)
+            except ValueError as error:
+                fields.problems.append(f"{pattern}[{key!r}]: {error}")
 
     def of(self, module: str) -> Any:
         """Of one module: the first pattern that matches an end of its name, after a dot, counts."""
@@ -220,4 +231,4 @@ class _Numbers:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number(value) and (value == 0 or float(np.finfo(np.float32).tiny) <= abs(value) <= _LARGEST)

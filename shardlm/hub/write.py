@@ -60,7 +60,7 @@ def parse_size(size: int | str) -> int:
     unit = next((unit for unit in sorted(_UNITS, key=len, reverse=True) if text.endswith(unit)), "")
     try:
         count = int(float(text.removesuffix(unit)) * _UNITS[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         count = 0
     if count < 1:
         raise ValueError(f"max_shard_size={size!r}; it is a number of bytes, or text such as '5GB' or '500MB'")

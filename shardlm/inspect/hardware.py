@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from shardlm._dtypes import full_name
+from shardlm._errors import is_int
+from shardlm.layout import Axis
 
 # Dense bfloat16 FLOP/s of one device, by the start of JAX's `device_kind`.
 PEAK_BF16 = MappingProxyType(
@@ -36,6 +38,11 @@ PEAK_BF16 = MappingProxyType(
         "TPU v6e": 918e12,
     }
 )
+
+
+def _is_above_0(value: Any) -> bool:
+    """Whether it is a number above 0, perhaps infinite, and no bool."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(value > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +80,9 @@ class Hardware:
     torus: int = 1
 
     def __post_init__(self):
+        for name in ("flops", "axis_bandwidth"):
+            if not isinstance(given := getattr(self, name), Mapping):
+                raise TypeError(f"hardware {self.name!r}: {name} is {given!r}; it is a dict of numbers")
         object.__setattr__(self, "flops", {full_name(dtype): value for dtype, value in self.flops.items()})
         numbers = {
             "memory": self.memory,
@@ -82,14 +92,18 @@ class Hardware:
             **{f"flops[{dtype!r}]": value for dtype, value in self.flops.items()},
             **{f"axis_bandwidth[{axis!r}]": value for axis, value in self.axis_bandwidth.items()},
         }
-        wrong = [f"{name}={value!r} is not above 0" for name, value in numbers.items() if not value > 0]
+        wrong = [f"{name}={value!r} is not above 0" for name, value in numbers.items() if not _is_above_0(value)]
+        if math.inf in (self.memory, *self.flops.values()):
+            wrong.append("memory and flops are finite")
+        if unknown := sorted(set(map(str, self.axis_bandwidth)) - set(map(str, Axis))):
+            wrong.append(f"axis_bandwidth names {', '.join(unknown)}; axes are {', '.join(map(str, Axis))}")
         if not self.flops:
             wrong.append("flops is empty: give the peak FLOP/s of at least one dtype")
-        if self.domain is not None and self.domain < 1:
+        if self.domain is not None and (not is_int(self.domain) or self.domain < 1):
             wrong.append(f"domain={self.domain!r} is neither None nor a number of devices")
-        if not isinstance(self.torus, int) or self.torus < 1:
+        if not is_int(self.torus) or self.torus < 1:
             wrong.append(f"torus={self.torus!r} is not a number of dims, at least 1")
-        if not 0 < self.efficiency <= 1:
+        if not _is_above_0(self.efficiency) or self.efficiency > 1:
             wrong.append(f"efficiency={self.efficiency!r} is not above 0 and at most 1")
         if wrong:
             raise ValueError(f"hardware {self.name!r}: " + "; ".join(wrong))

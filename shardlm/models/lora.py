@@ -58,7 +58,7 @@ def add_lora(
         params: its parameters with the layers as [num_layers, ...], arrays of the host or of devices; kept as they are.
         lora: which adapters.
         seed: of the adapters' initial values, which are those of `Transformer(new config, rngs=nnx.Rngs(seed))`.
-        saved: in their stead adapters of a model that was fine-tuned, as of `adapters`, layers in order.
+        saved: instead of new adapters, those of a model that was fine-tuned, as of `adapters`, layers in order.
 
     Returns:
         The new config and parameters, adapters split as their kernels are. `Trainer.init(params)` takes them to its

@@ -4,6 +4,8 @@ Layers are stacked: a norm scale of all layers is one array of two dims, a layer
 the number of dims, as those of Optax are, would take vectors for matrices. The functions here go by the names.
 """
 
+from collections.abc import Mapping
+
 import jax
 import optax
 
@@ -24,6 +26,8 @@ def decayed(params: dict) -> dict:
     Example:
         >>> optimizer = optax.lion(1e-4, weight_decay=0.1, mask=sl.decayed)
     """
+    if not isinstance(params, Mapping):
+        raise TypeError(f"decayed: params is a {type(params).__name__}; it is the nested dict of parameters")
     return jax.tree_util.tree_map_with_path(lambda keys, _: _name(keys[-1]) not in VECTORS, params)
 
 

@@ -168,7 +168,7 @@ class Trainer(Facts):
 
         Args:
             batch_size, sequence: of the global batch.
-            batch: in their stead an example of it, arrays or `jax.ShapeDtypeStruct`s.
+            batch: an example of it instead of the two numbers, arrays or `jax.ShapeDtypeStruct`s.
             hardware: judge it by this: a name ("h100", "v5p", ...) or an `inspect.Hardware`. Without it there is no
                 time, and no answer to whether it fits.
             compile: compile the step too, for what the compiler adds and its own view of the memory; of `from_module`

@@ -204,6 +204,10 @@ def test_every_field_that_peft_writes_is_known():
         ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform=.*goes with a list"),
         ({"layers_to_transform": "all"}, "layers_to_transform='all': it is the number of a layer"),
         ({"r": 0, "lora_alpha": float("nan")}, "(?s)r=0: it is a whole number from 1.*lora_alpha=nan: it is a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha=1.*: it is a number"),
+        ({"lora_alpha": 5e-324}, "lora_alpha=5e-324: it is a number"),
+        ({"target_modules": "([a-z._0-9]+)+X"}, "target_modules=.*: a repeated group"),
+        ({"rank_pattern": {"([a-z._0-9]+)+X": 2}}, r"rank_pattern\[.*\]: a repeated group"),
         ({"r": "3", "lora_alpha": True}, "(?s)r='3': it is a whole number.*lora_alpha=True: it is a number"),
         (
             {"rank_pattern": {"q_proj": 2.5, "(": 1}},

@@ -98,7 +98,7 @@ def test_sizes(text, size):
     assert write.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["5", "GB", "-1GB", 0, True, "five GB"])
+@pytest.mark.parametrize("text", ["5", "GB", "-1GB", 0, True, "five GB", "infGB"])
 def test_what_is_no_size_is_refused(text, tmp_path):
     config, params, _ = load(DATA / "gpt2")
     with pytest.raises(ValueError, match=r"max_shard_size=.*; it is a number of bytes, or text such as '5GB'"):

@@ -122,3 +122,25 @@ def test_a_cpu_is_not():
     import jax
 
     assert of_device(jax.devices()[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memory": "80"}, "memory='80' is not above 0"),
+        ({"memory": True}, "memory=True is not above 0"),
+        ({"memory": float("inf")}, "memory and flops are finite"),
+        ({"memory": float("nan")}, "memory=nan is not above 0"),
+        ({"flops": {"bfloat16": None}}, r"flops\['bfloat16'\]=None is not above 0"),
+        ({"domain": "8"}, "domain='8' is neither None nor a number of devices"),
+        ({"domain": 1.5}, "domain=1.5 is neither"),
+        ({"efficiency": "1"}, "efficiency='1' is not above 0 and at most 1"),
+        ({"axis_bandwidth": {"nope": 3.0}}, "axis_bandwidth names nope; axes are pipe, data"),
+        ({"axis_bandwidth": None}, "axis_bandwidth is None; it is a dict"),
+        ({"flops": 3}, "flops is 3; it is a dict"),
+    ],
+)
+def test_numbers_of_another_kind_are_one_error(changes, message):
+    right = dict(name="x", flops={"bfloat16": 1e12}, memory=1e9, memory_bandwidth=1e9, fast_bandwidth=1e9, domain=2)
+    with pytest.raises((ValueError, TypeError), match=message):
+        Hardware(**(right | {"slow_bandwidth": 1e9} | changes))

@@ -19,7 +19,11 @@ VENV = f"{CLONE}/.venv/lib/python3.11/site-packages"
         (f"{CLONE}/shardlm", VENV, f"{CLONE}/train.py"),  # what `git clone` and the README make
         (f"{VENV}/shardlm", VENV, f"{CLONE}/train.py"),  # installed in a project that is called shardlm
         ("/srv/a/shardlm/shardlm/shardlm", "/srv/a/shardlm/shardlm/.venv/lib/site-packages", "/srv/a/shardlm/run.py"),
-        ("/usr/lib/python3/dist-packages/shardlm", "/usr/lib/python3/dist-packages", "/root/shardlm/models/mine.py"),
+        (
+            "/usr/lib/python3/dist-packages/shardlm",
+            "/usr/lib/python3/dist-packages",
+            "/home/ada/shardlm/models/mine.py",
+        ),
         ("/opt/site-packages/shardlm", "/opt/site-packages", "/home/x/collectives.py"),
     ],
 )

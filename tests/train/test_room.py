@@ -113,7 +113,7 @@ def test_generation_counts_the_cache_and_not_what_is_there(free):
     layout = sl.Layout(data=2)
     params = sl.Trainer(CONFIG, layout, devices=jax.devices()[:2]).init().params
     free(10e6)
-    with pytest.raises(ValueError, match=r"generation of .* tokens does not fit in .* 205 MB for the cache, .*\(batch_size\)"):
+    with pytest.raises(ValueError, match=r"generation of .* does not fit in .* 205 MB for the cache, .*\(batch_size\)"):
         sl.generate(CONFIG, params, [[1, 2]], layout, max_length=100_000, devices=jax.devices()[:2])
     whole = jax.tree.map(np.asarray, params)
     free(2e6)
